@@ -1,0 +1,50 @@
+"""Infusion: teach a text-to-image diffusion model one new thing without making it forget or repeat itself.
+
+    pipe = infusion.load_base()
+    milo = infusion.learn(pipe, "photos/milo", word="dog", name="milo")
+    with infusion.attach(pipe, milo):
+        pipe("a sketch of <milo> in the snow").images[0]
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from infusion.pipelines import Attachment, attach
+    from infusion.base import load_base
+    from infusion.concept import Concept
+    from infusion.errors import InfusionError
+    from infusion.training import LearnConfig, LearnState, learn, learning
+
+__all__ = [
+    "Attachment",
+    "Concept",
+    "InfusionError",
+    "LearnConfig",
+    "LearnState",
+    "attach",
+    "learn",
+    "learning",
+    "load_base",
+]
+
+# Names are imported at first use, so that `infusion --help` need not wait for torch.
+_HOME = {
+    "Attachment": "pipelines",
+    "attach": "pipelines",
+    "load_base": "base",
+    "Concept": "concept",
+    "InfusionError": "errors",
+    "LearnConfig": "training",
+    "LearnState": "training",
+    "learn": "training",
+    "learning": "training",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'infusion' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"infusion.{_HOME[name]}"), name)

@@ -1,0 +1,101 @@
+"""Get a base model: the embedded one, a hub id, a diffusers folder, or a single checkpoint file."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTextModel
+
+from infusion.errors import InfusionError
+from infusion.streams import require_unet
+
+EMBEDDED = "embedded"
+
+
+def load_base(
+    base: str | Path = EMBEDDED,
+    device: str | None = None,
+    dtype: str | torch.dtype = torch.float32,
+) -> DiffusionPipeline:
+    """A stock diffusers pipeline, ready for `learn` and `attach`.
+
+    base: "embedded" (the project's own small world), a diffusers folder, a .safetensors checkpoint in the
+    community's single-file layout, or a hub id. device: "cpu", "cuda", "mps"; None takes the best there is.
+    dtype: a torch dtype or its name.
+
+    Raises InfusionError for a base that cannot be found or read, or has no cross-attention UNet.
+    """
+    device = device or _best_device()
+    dtype = _dtype(dtype)
+    pipe = _load_embedded() if str(base) == EMBEDDED else _load_other(str(base), dtype)
+    require_unet(pipe)
+    try:
+        pipe = pipe.to(device, dtype)
+    except (RuntimeError, AssertionError) as error:
+        raise InfusionError(f"The device {device!r} is not usable here ({str(error).splitlines()[0]}); use --device cpu.") from None
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def embedded_folder() -> Path:
+    """Where the embedded base's weights and model card lie."""
+    return Path(str(resources.files("infusion.world") / "weights"))
+
+
+def _load_embedded() -> StableDiffusionPipeline:
+    from infusion.world.models import build_pipeline
+
+    folder = embedded_folder()
+    if not (folder / "index.json").exists():
+        raise InfusionError("The embedded base's weights are missing from this installation; install the package again.")
+    pipe = build_pipeline()
+    index = json.loads((folder / "index.json").read_text())
+    for part, files in index["files"].items():
+        network: AutoencoderKL | CLIPTextModel | UNet2DConditionModel = getattr(pipe, part)
+        state = {k: v.float() for name in files for k, v in load_file(folder / name).items()}
+        network.load_state_dict(state)
+        network.eval()
+    return pipe
+
+
+def _load_other(base: str, dtype: torch.dtype) -> DiffusionPipeline:
+    path = Path(base)
+    try:
+        if path.is_file():
+            return _load_single_file(path, dtype)
+        if path.is_dir() and not (path / "model_index.json").exists():
+            raise InfusionError(f"{base!r} holds no diffusers pipeline (no model_index.json); give its top folder, or a .safetensors checkpoint.")
+        return DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, safety_checker=None)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, InfusionError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InfusionError(f"The base {base!r} cannot be loaded ({reason}); give a hub id, a diffusers folder, a .safetensors checkpoint, or 'embedded'.") from None
+
+
+def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    if path.suffix != ".safetensors":
+        raise InfusionError(f"{str(path)!r} is no .safetensors file; checkpoints that need pickle are not opened.")
+    xl = any(k.startswith("conditioner.embedders.1") for k in load_file(path))
+    kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+    return kind.from_single_file(str(path), torch_dtype=dtype)
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    names = {"fp32": torch.float32, "float32": torch.float32, "fp16": torch.float16, "float16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+    if dtype not in names:
+        raise InfusionError(f"{dtype!r} is no dtype; use fp32, fp16 or bf16.")
+    return names[dtype]

@@ -1,0 +1,242 @@
+"""The command line: parse, then start the chain photos -> concept -> pictures -> report.
+
+Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from infusion.errors import InfusionError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+app = typer.Typer(
+    help="Teach a text-to-image diffusion model one new thing from a few photos.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+say = Console(stderr=True, highlight=False)
+
+Base = Annotated[str, typer.Option("--base", help="A hub id, a diffusers folder, a .safetensors checkpoint, or 'embedded'.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is by default.")]
+DType = Annotated[str, typer.Option(help="fp32, fp16 or bf16.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where pictures, concept and report go.")] = Path("outputs/demo"),
+) -> None:
+    """Learn a subject on the embedded base and show what overfitting is, in one report."""
+    say.print("Infusion demo: four pictures of Milo, one concept, new scenes. About two to three minutes on two CPU cores.")
+    with _progress("Loading torch and the embedded base") as told:
+        from infusion.demo import run
+
+        report = run(out, told)
+    say.print(f"Done. Open [bold]{report}[/bold]; the concept is {out / 'milo.safetensors'}.")
+
+
+@app.command()
+def train(
+    photos: Annotated[Path, typer.Option("--photos", help="Folder with 3 to 6 pictures of one subject.")],
+    word: Annotated[str, typer.Option("--word", help="What the subject is, in a word the base knows: dog.")],
+    name: Annotated[str, typer.Option("--name", help="How prompts will call it: milo, for <milo>.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The concept file to write.")],
+    base: Base = "embedded",
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--lr", help="0.01 to 0.03 as a rule.")] = None,
+    flip: Annotated[bool, typer.Option(help="Learn from mirror images too; --no-flip for asymmetric subjects.")] = True,
+    mask: Annotated[bool, typer.Option(help="Count only the subject; --no-mask counts the whole picture.")] = True,
+    single_stream: Annotated[bool, typer.Option("--single-stream", help="The ablation without the foundational stream.")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed on the same machine gives the same file.")] = 0,
+    device: Device = None,
+    dtype: DType = "fp32",
+) -> None:
+    """Learn a concept from a folder of photos. Ctrl-C keeps what was learned so far."""
+    with _progress("Loading the base model") as told:
+        from infusion.base import load_base
+        from infusion.photos import load_photos
+        from infusion.training import LearnConfig, learning
+
+        given = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
+        config = LearnConfig(
+            flip=flip, masked=mask, two_streams=not single_stream, seed=seed, **{k: v for k, v in given.items() if v is not None}
+        )
+        pictures = load_photos(photos)
+        _writable(out)
+        _known_word(base, word)
+        pipe = load_base(base, device, dtype)
+        state = None
+        try:
+            told("Encoding the photos", 0, 0)
+            for state in learning(pipe, pictures, word, name, config):
+                told(f"Learning <{name}>", state.step, state.steps, f"loss {state.loss:.4f}")
+        except KeyboardInterrupt:
+            if state is None:
+                say.print("Stopped before the first step; nothing was written.")
+                raise typer.Exit(130) from None
+            told(f"Stopped at step {state.step}", state.step, state.steps)
+    assert state is not None
+    path = state.concept.save(out)
+    stopped = state.step < state.steps
+    say.print(f"{'Stopped early; kept' if stopped else 'Learned'} <{name}> after {state.step} steps: {path}, {path.stat().st_size:,} bytes.")
+    say.print(f'Next: infusion generate --base {base} --concept {path} "a photo of <{name}> on the beach" -o pictures')
+    if stopped:
+        raise typer.Exit(130)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help='What to draw: "a sketch of <milo> in the snow".')],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")],
+    concept: Annotated[list[Path] | None, typer.Option("--concept", help="A concept file; may be given several times.")] = None,
+    base: Base = "embedded",
+    count: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 6.0,
+    negative: Annotated[str | None, typer.Option(help="What the pictures should not show.")] = None,
+    single_stream: Annotated[bool, typer.Option("--single-stream", help="The ablation without the foundational stream.")] = False,
+    device: Device = None,
+    dtype: DType = "fp32",
+) -> None:
+    """Draw pictures of prompts in which concepts are called by <name> or <name:0.7>."""
+    with _progress("Loading the base model") as told:
+        from infusion.base import load_base
+        from infusion.concept import Concept
+        from infusion.generation import generate as draw
+        from infusion.generation import save_pictures
+        from infusion.pipelines import attach
+        from infusion.sheets import square_grid
+
+        concepts = [Concept.load(path) for path in concept or []]
+        _writable(out / "contact-sheet.png")
+        pipe = load_base(base, device, dtype)
+        texts = [p for p in prompts for _ in range(count)]
+        seeds = [seed + i for _ in prompts for i in range(count)]
+        with attach(pipe, *concepts, two_streams=not single_stream) if concepts else contextlib.nullcontext():
+            _refuse_unattached(prompts, concepts)
+            pictures = draw(
+                pipe, texts, seeds, steps, guidance, negative_prompt=negative, on_step=lambda a, b: told("Drawing", a, b)
+            )
+        details = {"concepts": ", ".join(f"<{c.name}> = {c.word}" for c in concepts), "base": base, "steps": str(steps), "guidance_scale": str(guidance)}
+        paths = save_pictures(pictures, out, details)
+        square_grid([p.image for p in pictures]).save(out / "contact-sheet.png")
+    if base == "embedded":
+        say.print("The embedded base knows only its own small world; for other pictures give --base a Stable Diffusion model.")
+    say.print(f"{len(paths)} pictures and contact-sheet.png in {out}.")
+
+
+def main() -> None:
+    """Entry point: errors of ours are one sentence, never a traceback."""
+    try:
+        app(standalone_mode=False)
+    except InfusionError as error:
+        say.print(f"[red]Error:[/red] {error}", markup=True, soft_wrap=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        say.print("Stopped.")
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        show = getattr(error, "show", None)  # click's usage errors know how to show themselves
+        if show is None:
+            raise
+        show()
+        sys.exit(getattr(error, "exit_code", 2))
+
+
+@contextlib.contextmanager
+def _progress(first: str) -> Iterator[Any]:
+    """A progress line at once; yields told(label, done, of, note), which starts a new bar for a new label."""
+    import warnings
+
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    warnings.filterwarnings("ignore")
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=say, transient=False) as bar:
+        tasks = {first: bar.add_task(first, total=1, note="")}
+        if not say.is_terminal:
+            say.print(f"{first} ...")
+
+        def told(label: str, done: int, of: int, note: str = "") -> None:
+            if label not in tasks:
+                _finish(bar, tasks)
+                tasks[label] = bar.add_task(label, total=max(of, 1), note=note)
+                if not say.is_terminal:
+                    say.print(f"{label} ...")
+            bar.update(tasks[label], completed=done, note=note)
+
+        _quiet_libraries()
+        yield told
+        _finish(bar, tasks)
+
+
+def _finish(bar: RichProgress, tasks: dict[str, Any]) -> None:
+    """Complete the bars that count nothing."""
+    for task in bar.tasks:
+        if task.id in tasks.values() and task.total == 1:
+            bar.update(task.id, completed=1)
+
+
+def _quiet_libraries() -> None:
+    import logging
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def _writable(path: Path) -> None:
+    """Raises InfusionError before any work if nothing can be written there."""
+    import tempfile
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InfusionError(f"{str(path.parent)!r} cannot be written ({error.strerror}); choose a folder that you may write to.") from None
+    if path.is_dir():
+        raise InfusionError(f"{str(path)!r} is a folder; give the name of a file, such as {str(path / 'milo.safetensors')!r}.")
+
+
+def _known_word(base: str, word: str) -> None:
+    """The embedded base knows few words; a word that it never saw cannot be customized."""
+    if base != "embedded":
+        return
+    import difflib
+
+    from infusion.world.vocabulary import CLASS_WORDS
+
+    known = [w for words in CLASS_WORDS.values() for w in words]
+    if word.lower() not in known:
+        near = difflib.get_close_matches(word.lower(), known, n=3, cutoff=0.4) or known
+        raise InfusionError(f"The embedded base never saw a {word!r}; nearest are {', '.join(near)}. For other subjects give --base a Stable Diffusion model.")
+
+
+def _refuse_unattached(prompts: list[str], concepts: list[Any]) -> None:
+    """Without any concept attached, `<name>` would reach the base as plain text."""
+    import re
+
+    if not concepts:
+        for prompt in prompts:
+            if tag := re.search(r"<[A-Za-z][A-Za-z0-9_-]*(:[^<>]*)?>", prompt):
+                raise InfusionError(f"The prompt names {tag[0]}, but no concept is loaded; give its file with --concept.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Draw pictures for prompts and keep them: one seed a picture, metadata in the file, a contact sheet.
+
+Knows pipelines and files; whether concepts are attached is the caller's business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from infusion.errors import InfusionError
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with what made it."""
+
+    image: Image.Image
+    prompt: str
+    seed: int
+
+
+def generate(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int = 25,
+    guidance_scale: float = 6.0,
+    batch: int = 16,
+    negative_prompt: str | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[Picture]:
+    """One picture for each pair of prompt and seed.
+
+    A picture depends on its prompt and seed; the batch changes it by kernel tolerance only.
+    on_step is told (denoising steps done, steps in all) over all batches.
+    """
+    if len(prompts) != len(seeds):
+        raise InfusionError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed for each prompt.")
+    if steps < 1:
+        raise InfusionError(f"steps is {steps}; it must be at least 1, usually 20 to 50.")
+    pictures: list[Picture] = []
+    parts = range(0, len(prompts), batch)
+    for number, start in enumerate(parts):
+        part, numbers = list(prompts[start : start + batch]), list(seeds[start : start + batch])
+
+        def told(_pipe: object, step: int, _t: object, kwargs: dict, done: int = number * steps) -> dict:
+            if on_step:
+                on_step(done + step + 1, len(parts) * steps)
+            return kwargs
+
+        images = pipe(  # pyright: ignore[reportCallIssue]
+            prompt=part,
+            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(part),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(s) for s in numbers],
+            callback_on_step_end=told,
+        ).images
+        pictures += [Picture(i, p, s) for i, p, s in zip(images, part, numbers, strict=True)]
+    return pictures
+
+
+def save_pictures(pictures: Sequence[Picture], folder: Path, details: dict[str, str] | None = None) -> list[Path]:
+    """Write PNGs named by number, prompt and seed; prompt, seed and `details` go into their metadata.
+
+    Existing files are never overwritten: numbers go on after the highest one there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = [int(m[1]) for p in folder.glob("*.png") if (m := re.match(r"(\d+)-", p.name))]
+        paths = []
+        for number, picture in enumerate(pictures, start=max(taken, default=0) + 1):
+            info = PngInfo()
+            for key, value in {"prompt": picture.prompt, "seed": str(picture.seed), **(details or {})}.items():
+                info.add_text(key, value)
+            paths.append(folder / f"{number:04d}-{slug(picture.prompt)}-{picture.seed}.png")
+            picture.image.save(paths[-1], pnginfo=info)
+        return paths
+    except OSError as error:
+        raise InfusionError(f"{str(folder)!r} cannot be written ({error.strerror}); choose a folder that you may write to.") from None
+
+
+def slug(text: str) -> str:
+    """A short file name for a text."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48] or "picture"

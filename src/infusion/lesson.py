@@ -1,0 +1,216 @@
+"""A subject made ready for learning: latents, masks and text states, each computed once.
+
+Every method learns from the same `Lesson`, so that methods are compared on equal data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, DiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from infusion.errors import InfusionError
+from infusion.photos import Photo, mask_to_tensor, square, to_tensor
+from infusion.prompts import Mention, parse
+from infusion.streams import Plan, Streams, require_unet
+
+# The authors' captions are short and name nothing but the class.
+TEMPLATES = (
+    "a photo of a {}",
+    "the photo of a {}",
+    "image of a {}",
+    "a picture of a {}",
+    "a {}",
+    "the {}",
+    "{}",
+)
+_TAG = "<subject>"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Captions encoded: states (k, m, d), the mentions of the concept in each, and what else the UNet
+    wants to know (SDXL's pooled states and sizes), first axis k."""
+
+    states: Tensor
+    mentions: tuple[tuple[Mention, ...], ...]
+    extra: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One training batch: what the UNet sees, what it should say, and where that counts.
+
+    noisy, target (b, c, g, g); timesteps (b,); mask (b, 1, g, g) in [0, 1]; texts of the b rows.
+    """
+
+    noisy: Tensor
+    target: Tensor
+    timesteps: Tensor
+    mask: Tensor
+    plan: Plan
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Photos of one subject as a diffusion model's training data.
+
+    pictures: the squared photos. latents (n, c, g, g) of the photos, then of their mirror images where wanted,
+    scaled as the UNet expects them. masks (n, g, g) in [0, 1] in the same order.
+    """
+
+    name: str
+    word: str
+    pictures: tuple[Image.Image, ...]
+    latents: Tensor
+    masks: Tensor
+    texts: Texts
+    noise: DDPMScheduler
+
+    def draw(self, count: int, generator: torch.Generator) -> Draw:
+        """A batch of `count`: photo, caption, timestep and noise drawn from `generator` (on the CPU,
+        so that every device sees the same numbers)."""
+        photo = torch.randint(len(self.latents), (count,), generator=generator)
+        text = torch.randint(len(self.texts.states), (count,), generator=generator)
+        timesteps = torch.randint(self.noise.config["num_train_timesteps"], (count,), generator=generator)
+        noise = torch.randn((count, *self.latents.shape[1:]), generator=generator)
+        return self.batch(photo, text, timesteps, noise)
+
+    def batch(self, photo: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor) -> Draw:
+        """The batch of the given photos, captions, timesteps and noise."""
+        device, dtype = self.latents.device, self.latents.dtype
+        photo, text_rows, timesteps = photo.to(device), text.to(device), timesteps.to(device)
+        clean, noise = self.latents[photo], noise.to(device, dtype)
+        velocity = self.noise.config["prediction_type"] == "v_prediction"
+        target = self.noise.get_velocity(clean, noise, timesteps) if velocity else noise  # pyright: ignore[reportArgumentType]
+        states = self.texts.states[text_rows]
+        extra = {k: v[text_rows] for k, v in self.texts.extra.items()}
+        return Draw(
+            noisy=self.noise.add_noise(clean, noise, timesteps),  # pyright: ignore[reportArgumentType]
+            target=target,
+            timesteps=timesteps,
+            mask=self.masks[photo][:, None],
+            plan=Plan(tuple(self.texts.mentions[i] for i in text.tolist()), states),
+            kwargs={"encoder_hidden_states": states, **({"added_cond_kwargs": extra} if extra else {})},
+        )
+
+
+def prepare_lesson(
+    pipe: DiffusionPipeline,
+    photos: Sequence[Photo],
+    word: str,
+    name: str,
+    templates: Sequence[str] = TEMPLATES,
+    flip: bool = True,
+    masked: bool = True,
+) -> Lesson:
+    """Encode photos and captions, and give every photo its mask: its own, or found by the base's attention.
+
+    flip: learn from mirror images too (False for asymmetric subjects). masked=False counts the whole picture.
+    Raises InfusionError for a scheduler whose prediction type is neither epsilon nor v.
+    """
+    unet = require_unet(pipe)
+    noise = DDPMScheduler.from_config(pipe.scheduler.config)
+    if noise.config["prediction_type"] not in ("epsilon", "v_prediction"):
+        raise InfusionError(
+            f"The scheduler predicts {noise.config['prediction_type']!r}; learning knows 'epsilon' and 'v_prediction'."
+        )
+    side = unet.config["sample_size"] * pipe.vae_scale_factor
+    pictures = tuple(square(p.image, side) for p in photos)
+    mirrored = [p.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for p in pictures] if flip else []
+    latents = encode_pictures(pipe, [*pictures, *mirrored])
+    texts = encode_texts(pipe, [t.format(_TAG) for t in templates], {"subject": word}, name)
+    masks = torch.ones_like(latents[:, 0])
+    lesson = Lesson(name, word, pictures, latents, masks, texts, noise)
+    return replace(lesson, masks=_masks(lesson, unet, photos)) if masked else lesson
+
+
+def _masks(lesson: Lesson, unet: nn.Module, photos: Sequence[Photo]) -> Tensor:
+    """Masks of all latents: the photos' own, else the base's; a picture and its mirror image share one."""
+    n, side = len(photos), lesson.latents.shape[-1]
+    masks = lesson.masks[:n].clone()
+    if any(p.mask is None for p in photos):
+        found = attention_masks(lesson, unet)
+        masks = (found[:n] + found[n:].flip(-1)) / 2 if len(found) > n else found
+        masks = masks / masks.amax(dim=(1, 2), keepdim=True).clamp_min(1e-6)
+    for i, photo in enumerate(photos):
+        if photo.mask is not None:
+            masks[i] = mask_to_tensor(photo.mask, side)
+    return torch.cat([masks, masks.flip(-1)]) if len(lesson.latents) > n else masks
+
+
+def encode_texts(pipe: DiffusionPipeline, prompts: Sequence[str], words: dict[str, str], name: str) -> Texts:
+    """Encode prompts once with the pipeline's own text encoders; mentions are given the concept's `name`."""
+    device = require_unet(pipe).device
+    parsed = [parse(p, words, pipe.tokenizer) for p in prompts]
+    with torch.no_grad():
+        encoded = type(pipe).encode_prompt(
+            pipe, [p.text for p in parsed], device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+    states = encoded[0]
+    extra = {}
+    if hasattr(pipe, "text_encoder_2") and len(encoded) == 4:  # SDXL
+        side = require_unet(pipe).config["sample_size"] * pipe.vae_scale_factor
+        ids = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts), device=device, dtype=states.dtype)
+        extra = {"text_embeds": encoded[2], "time_ids": ids}
+    mentions = tuple(tuple(Mention(name, m.strength, m.positions) for m in p.mentions) for p in parsed)
+    return Texts(states, mentions, extra)
+
+
+@torch.no_grad()
+def encode_pictures(pipe: DiffusionPipeline, pictures: Sequence[Image.Image], batch: int = 8) -> Tensor:
+    """Pictures of one size -> latents scaled as the UNet expects them (the posterior's mode)."""
+    vae = pipe.vae
+    x = to_tensor(pictures)
+    parts = [
+        vae.encode(x[i : i + batch].to(vae.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
+        for i in range(0, len(x), batch)
+    ]
+    unet = require_unet(pipe)
+    return torch.cat(parts).to(unet.device, unet.dtype)
+
+
+@torch.no_grad()
+def attention_masks(lesson: Lesson, unet: nn.Module, timesteps: Sequence[int] = (300, 450, 600), seed: int = 0) -> Tensor:
+    """Soft masks of the subject, found by the base's own attention to the class word: (n, g, g), largest value 1.
+
+    Averaged over timesteps, captions, heads and the layers of 8x8 to 32x32, which show objects best.
+    """
+    n = len(lesson.latents)
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros_like(lesson.masks)
+    streams = Streams(unet)
+    try:
+        for i, t in enumerate(timesteps):
+            noise = torch.randn(lesson.latents.shape, generator=generator)
+            draw = lesson.batch(torch.arange(n), torch.full((n,), i % len(lesson.texts.states)), torch.full((n,), t), noise)
+            with streams.calls(draw.plan, "record"):
+                unet(draw.noisy, draw.timesteps, **draw.kwargs)
+            total += word_maps(streams.recorded, draw.plan, total.shape[-1])
+    finally:
+        streams.remove()
+    return total / total.amax(dim=(1, 2), keepdim=True).clamp_min(1e-6)
+
+
+def word_maps(recorded: dict[str, tuple[Tensor, Tensor]], plan: Plan, side: int) -> Tensor:
+    """Recorded maps of each row's mentions, mean over heads and layers of 8x8 to 32x32: (b, side, side)."""
+    word = torch.zeros(len(plan.rows), plan.states.shape[1], device=plan.states.device)
+    for row, mentions in enumerate(plan.rows):
+        for mention in mentions:
+            word[row, list(mention.positions)] = 1.0
+    layers = []
+    for _, maps in recorded.values():
+        grid = int(maps.shape[2] ** 0.5)
+        if 8 <= grid <= 32:
+            heat = torch.einsum("bhnm,bm->bn", maps, word) / maps.shape[1]
+            layers.append(F.interpolate(heat.view(-1, 1, grid, grid), (side, side), mode="bilinear")[:, 0])
+    if not layers:
+        raise InfusionError("The base has no cross-attention between 8x8 and 32x32 to find masks with; give masks (<name>-mask.png).")
+    return torch.stack(layers).mean(0)

@@ -1,0 +1,1 @@
+"""Methods that Infusion is compared with; one file each, readable alone."""

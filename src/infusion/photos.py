@@ -1,0 +1,86 @@
+"""Photos of one subject: folder -> square pictures, and masks from files where they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from infusion.errors import InfusionError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MASK_SUFFIX = "-mask"  # milo1.png has its mask in milo1-mask.png
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One picture and, where the user gave one, its mask (white = subject)."""
+
+    image: Image.Image
+    mask: Image.Image | None = None
+
+
+def load_photos(source: str | Path | Sequence[Image.Image | Photo]) -> list[Photo]:
+    """The photos of a folder in the order of their names, or pictures already in memory.
+
+    A mask is taken from `<name>-mask.png` beside `<name>.png`, or from a picture's own alpha channel.
+    Raises InfusionError for a folder that is missing or empty and for a picture that cannot be read.
+    """
+    if not isinstance(source, str | Path):
+        photos = [p if isinstance(p, Photo) else _with_alpha(p) for p in source]
+        if not photos:
+            raise InfusionError("No photos were given; give 3 to 6 pictures of one subject.")
+        return photos
+    folder = Path(source)
+    if not folder.is_dir():
+        raise InfusionError(f"There is no folder {str(folder)!r}; give a folder with 3 to 6 pictures of one subject.")
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.stem.endswith(MASK_SUFFIX))
+    if not files:
+        raise InfusionError(f"There is no picture in {str(folder)!r}; put 3 to 6 pictures ({', '.join(SUFFIXES)}) of one subject there.")
+    return [_load(path) for path in files]
+
+
+def _load(path: Path) -> Photo:
+    photo = _with_alpha(_open(path))
+    masks = [m for s in SUFFIXES if (m := path.with_name(path.stem + MASK_SUFFIX + s)).exists()]
+    return Photo(photo.image, _open(masks[0]).convert("L")) if masks else photo
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            turned = ImageOps.exif_transpose(image)
+            turned.load()
+            return turned
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise InfusionError(f"{str(path)!r} cannot be read as a picture ({error}); replace or remove it.") from None
+
+
+def _with_alpha(image: Image.Image) -> Photo:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        alpha = rgba.getchannel("A")
+        if alpha.getextrema()[0] < 255:
+            return Photo(rgba.convert("RGB"), alpha)
+    return Photo(image.convert("RGB"))
+
+
+def square(image: Image.Image, side: int) -> Image.Image:
+    """Centre-cropped (never squashed) to `side` x `side`."""
+    return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+
+
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """RGB pictures of one size -> (n, 3, h, w) float32 in [-1, 1]."""
+    pixels = np.stack([np.asarray(i.convert("RGB"), np.float32) for i in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def mask_to_tensor(mask: Image.Image, side: int) -> Tensor:
+    """A mask -> (side, side) float32 in [0, 1], cropped as its photo is."""
+    return torch.from_numpy(np.asarray(ImageOps.fit(mask.convert("L"), (side, side), Image.Resampling.BOX), np.float32) / 255)

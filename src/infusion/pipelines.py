@@ -1,0 +1,213 @@
+"""Attach concepts to a stock diffusers pipeline, reversibly.
+
+All attachments to one UNet share one session: its streams, and every pipeline built on that UNet, also
+siblings made with `from_pipe` before or meanwhile. In each of them `encode_prompt` is replaced, on
+the instance, by one that understands `<name>`; the last detach takes everything back.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from infusion.concept import Concept
+from infusion.errors import InfusionError
+from infusion.prompts import Mention, Parsed, parse, refuse_in_negative
+from infusion.streams import Plan, Streams, require_unet, value_lengths
+
+
+def attach(
+    pipe: DiffusionPipeline,
+    *concepts: Concept,
+    two_streams: bool = True,
+    strength: Mapping[str, float] | None = None,
+) -> Attachment:
+    """Let a stock pipeline understand the concepts' names in its prompts.
+
+        with infusion.attach(pipe, milo, rex):
+            pipe("a photo of <milo> next to <rex> on the beach").images[0]
+
+    two_streams: maps from the foundational stream, as in the paper; False takes them from the
+    customized stream itself (cheaper, for comparison). strength: concept name -> factor on its residual,
+    beside `<name:0.7>` in a prompt; both multiply.
+
+    Calls without a `<name>` are the base model's, bit for bit. Returns an `Attachment`, which ends with its
+    `with` block or with `detach()`. Raises InfusionError for a concept of another architecture, for
+    two concepts of one name, and for pipelines that have no cross-attention.
+    """
+    if not concepts:
+        raise InfusionError("attach needs at least one concept; load one with infusion.Concept.load(path).")
+    return Attachment(pipe, concepts, two_streams, strength or {})
+
+
+class Attachment:
+    """Concepts attached to a pipeline: a context manager, and a handle with `detach()`."""
+
+    def __init__(
+        self, pipe: DiffusionPipeline, concepts: Sequence[Concept], two_streams: bool, strength: Mapping[str, float]
+    ) -> None:
+        unet = require_unet(pipe)
+        lengths = value_lengths(unet)
+        for concept in concepts:
+            _check_fits(concept, lengths)
+        names = [c.name for c in concepts]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise InfusionError(
+                f"Two concepts are named {twice[0]!r}; rename one, for example with dataclasses.replace(concept, name=...)."
+            )
+        if unknown := sorted(set(strength) - set(names)):
+            raise InfusionError(f"strength names {unknown[0]!r}, which is not attached here; attached: {', '.join(names)}.")
+        self.concepts = {c.name: c for c in concepts}
+        self.two_streams, self.strength = two_streams, dict(strength)
+        self._session = _Session.of(unet)
+        self._session.add(self)
+        self._session.adopt(pipe)
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Undo the attachment; calling it again does nothing."""
+        self._session.drop(self)
+
+
+class _Session:
+    """Everything attached to one UNet."""
+
+    open: dict[int, _Session] = {}  # id of the UNet -> its session, as long as something is attached
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.unet = unet
+        self.streams = Streams(unet)
+        self.attachments: list[Attachment] = []
+        self.pipelines: list[DiffusionPipeline] = []
+
+    @classmethod
+    def of(cls, unet: nn.Module) -> _Session:
+        """The UNet's session, opened where there is none."""
+        session = cls.open.get(id(unet))
+        if session is None:
+            session = cls.open[id(unet)] = cls(unet)
+            for sibling in _pipelines_on(unet):
+                session.adopt(sibling)
+            _watch_new_pipelines(True)
+        return session
+
+    def add(self, attachment: Attachment) -> None:
+        self.attachments.append(attachment)
+        self._refresh()
+
+    def drop(self, attachment: Attachment) -> None:
+        if attachment not in self.attachments:
+            return
+        self.attachments.remove(attachment)
+        self._refresh()
+        if self.attachments:
+            return
+        self.streams.remove()
+        for pipe in self.pipelines:
+            pipe.__dict__.pop("encode_prompt", None)
+        del self.open[id(self.unet)]
+        _watch_new_pipelines(bool(self.open))
+
+    def adopt(self, pipe: DiffusionPipeline) -> None:
+        """Let `pipe` understand names from now on."""
+        if any(p is pipe for p in self.pipelines) or not hasattr(pipe, "encode_prompt"):
+            return
+        stock = pipe.encode_prompt
+        signature = inspect.signature(stock)
+
+        @functools.wraps(stock)
+        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+            return self.encode(pipe, signature.bind(*args, **kwargs))
+
+        pipe.encode_prompt = encode_prompt
+        self.pipelines.append(pipe)
+
+    def encode(self, pipe: DiffusionPipeline, call: inspect.BoundArguments) -> Any:
+        """Encode a prompt with the pipeline's own method, names replaced, and plan the rows."""
+        stock = functools.partial(type(pipe).encode_prompt, pipe)
+        self.streams.plan = None
+        given = call.arguments
+        words = {name: c.word for a in self.attachments for name, c in a.concepts.items()}
+        for key in ("negative_prompt", "negative_prompt_2"):
+            for text in _as_list(given.get(key)):
+                refuse_in_negative(text, words)
+        parsed = _parse(pipe, given.get("prompt"), words, "tokenizer")
+        parsed_2 = _parse(pipe, given.get("prompt_2") or given.get("prompt"), words, "tokenizer_2")
+        if not any(p.mentions for p in (*parsed, *parsed_2)):
+            return stock(*call.args, **call.kwargs)
+        if parsed_2 and [p.mentions for p in parsed] != [p.mentions for p in parsed_2]:
+            raise InfusionError(
+                "prompt and prompt_2 must name the same concepts at the same places; leave prompt_2 out, or begin both alike."
+            )
+        for key, texts in (("prompt", parsed), ("prompt_2", parsed_2)):
+            if given.get(key) is not None:
+                given[key] = texts[0].text if isinstance(given[key], str) else [p.text for p in texts]
+        result = stock(*call.args, **call.kwargs)
+        copies = given.get("num_images_per_prompt", 1)
+        rows = tuple(self._weighted(p.mentions) for p in parsed for _ in range(copies))
+        self.streams.plan = Plan(rows, result[0])
+        return result
+
+    def _refresh(self) -> None:
+        """Later attachments go before earlier ones of the same name."""
+        self.streams.residuals = {n: c.residuals for a in self.attachments for n, c in a.concepts.items()}
+        self.streams.two_streams = all(a.two_streams for a in self.attachments[-1:])
+        self.streams.plan = None
+
+    def _weighted(self, mentions: tuple[Mention, ...]) -> tuple[Mention, ...]:
+        factors = {n: a.strength.get(n, 1.0) for a in self.attachments for n in a.concepts}
+        return tuple(Mention(m.name, m.strength * factors[m.name], m.positions) for m in mentions)
+
+
+def _parse(pipe: DiffusionPipeline, prompt: Any, words: Mapping[str, str], tokenizer_name: str) -> list[Parsed]:
+    tokenizer = getattr(pipe, tokenizer_name, None)
+    if tokenizer is None:
+        return []
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    conversion = (lambda text: convert(text, tokenizer)) if convert else str
+    return [parse(text, words, tokenizer, conversion) for text in _as_list(prompt)]
+
+
+def _pipelines_on(unet: nn.Module) -> list[DiffusionPipeline]:
+    return [o for o in gc.get_objects() if isinstance(o, DiffusionPipeline) and o.__dict__.get("unet") is unet]
+
+
+_stock_register = DiffusionPipeline.register_modules
+
+
+@functools.wraps(_stock_register)
+def _register_and_adopt(self: DiffusionPipeline, **kwargs: Any) -> None:
+    """diffusers calls `register_modules` whenever a pipeline is built, also by `from_pipe`."""
+    _stock_register(self, **kwargs)
+    session = _Session.open.get(id(kwargs.get("unet")))
+    if session is not None:
+        session.adopt(self)
+
+
+def _watch_new_pipelines(on: bool) -> None:
+    DiffusionPipeline.register_modules = _register_and_adopt if on else _stock_register
+
+
+def _check_fits(concept: Concept, lengths: Mapping[str, int]) -> None:
+    for path, residual in concept.residuals.items():
+        if lengths.get(path) != len(residual):
+            have = f"has length {lengths[path]}" if path in lengths else "is missing"
+            raise InfusionError(
+                f"<{concept.name}> was learned on another architecture: its residual of {path} has {len(residual)} values, "
+                f"that layer {have} here; use the base that it was learned on."
+            )
+
+
+def _as_list(prompt: str | Sequence[str] | None) -> list[str]:
+    return [] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)

@@ -1,0 +1,1 @@
+"""Self-contained HTML pages: pictures inlined, no scripts, no network."""

@@ -1,0 +1,276 @@
+"""The two streams on one UNet, by torch's own forward hooks.
+
+A UNet call in which some rows carry a concept runs with one more row for each of them, the
+foundational row: same latents, same text, no residual. In every cross-attention layer a customized
+row takes the foundational row's output plus heat times residual (`attention.py`); everything else
+of the UNet runs per row as ever. Which rows carry what is told by a `Plan`; prompts and pipelines are
+`pipelines.py`'s business. Removing the hooks leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from infusion.attention import attention_maps, residual_output, split_heads, word_heat
+from infusion.errors import InfusionError
+from infusion.prompts import Mention
+
+Mode = Literal["joint", "record", "replay"]
+
+
+def cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
+    """Paths and modules of the UNet's cross-attention layers, in the UNet's own order.
+
+    Raises InfusionError where there are none, or where their projections are fused.
+    """
+    layers = {
+        path: module
+        for path, module in unet.named_modules()
+        if isinstance(module, Attention) and path.endswith("attn2") and module.is_cross_attention
+    }
+    if not layers:
+        raise InfusionError(f"{type(unet).__name__} has no cross-attention to the text; concepts need a base such as Stable Diffusion 1.5, 2.1 or SDXL.")
+    if any(getattr(module, "fused_projections", False) for module in layers.values()):
+        raise InfusionError("The UNet's projections are fused; call pipe.unet.unfuse_qkv_projections() before attaching concepts.")
+    return layers
+
+
+def value_lengths(unet: nn.Module) -> dict[str, int]:
+    """Length of the residual of each cross-attention layer: heads x head_dim."""
+    return {path: int(m.to_v.out_features) for path, m in cross_attention_layers(unet).items()}  # pyright: ignore[reportArgumentType]
+
+
+def require_unet(pipe: DiffusionPipeline) -> nn.Module:
+    """The pipeline's UNet. Raises InfusionError for pipelines of another kind."""
+    unet = getattr(pipe, "unet", None)
+    if unet is None:
+        raise InfusionError(f"{type(pipe).__name__} has no UNet; Infusion works with Stable Diffusion 1.x, 2.x and SDXL, not yet with transformer bases.")
+    return unet
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the conditional rows of the coming UNet calls carry.
+
+    rows: mentions of each conditional row. states: the rows' text states (n, m, d), by which a UNet
+    call is recognized as one of this plan's.
+    """
+
+    rows: tuple[tuple[Mention, ...], ...]
+    states: Tensor
+
+
+@dataclass
+class _Call:
+    """One UNet call in work. B rows came in; F foundational rows are appended in joint mode.
+
+    Entries are pairs of a customized row and a mention in it. `source` says for each customized row which
+    of the rows that attention computes itself holds its maps.
+    """
+
+    rows: Tensor  # (C,) customized rows
+    entry_row: Tensor  # (E,) index into rows
+    words: Tensor  # (E, m) strength on the word's tokens
+    names: list[str]  # (E,) concept of each entry
+    batch: int
+    keep: Tensor | None = None  # rows that attention computes itself; None = all
+    origin: Tensor | None = None  # for every row, its place among the kept ones
+    source: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class Streams:
+    """The two streams on one UNet: hooks, the concepts they know, and the plan of the current call."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.unet = unet
+        self.layers = cross_attention_layers(unet)
+        self.residuals: dict[str, Mapping[str, Tensor]] = {}  # concept name -> path -> residual
+        self.two_streams = True
+        self.plan: Plan | None = None
+        self.mode: Mode = "joint"
+        self.recorded: dict[str, tuple[Tensor, Tensor]] = {}  # path -> (output, maps) of the foundational rows
+        self._call: _Call | None = None
+        self._signature = inspect.signature(unet.forward)
+        self._handles = [
+            unet.register_forward_pre_hook(self._begin, with_kwargs=True),
+            unet.register_forward_hook(self._end),
+        ]
+        for path, layer in self.layers.items():
+            self._handles.append(layer.register_forward_pre_hook(self._select, with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(functools.partial(self._merge, path), with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take all hooks off the UNet."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def calls(self, plan: Plan, mode: Mode = "joint") -> Iterator[None]:
+        """UNet calls within follow `plan`. "record" computes the foundational stream alone and keeps
+        its outputs and maps; "replay" computes the customized stream alone from what was recorded."""
+        before = self.plan, self.mode
+        self.plan, self.mode = plan, mode
+        try:
+            yield
+        finally:
+            self.plan, self.mode = before
+
+    # --- hooks ---------------------------------------------------------------------------------
+
+    def _begin(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        bound = self._signature.bind(*args, **kwargs)
+        states = bound.arguments["encoder_hidden_states"]
+        batch = bound.arguments["sample"].shape[0]
+        self._call = call = self._planned(batch, states)
+        if call is None or self.mode != "joint" or not self.two_streams:
+            return None
+        rows = call.rows
+        bound.arguments = {k: _append_rows(v, rows, batch) for k, v in bound.arguments.items()}  # pyright: ignore[reportAttributeAccessIssue]
+        return bound.args, bound.kwargs
+
+    def _end(self, unet: nn.Module, args: tuple, output: Any) -> Any:
+        call = self._call
+        if call is None or self.mode != "joint" or not self.two_streams:
+            return None
+        if isinstance(output, tuple):
+            return (output[0][: call.batch], *output[1:])
+        output.sample = output.sample[: call.batch]
+        return output
+
+    def _select(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        """Let attention compute only rows that need it."""
+        call = self._call
+        if call is None or self.mode == "record":
+            return None
+        if self.mode == "replay":  # nothing needs it; one row keeps the stock forward in its shapes
+            return tuple(_detached_first(a) for a in args), {k: _detached_first(v) for k, v in kwargs.items()}
+        if call.keep is None:
+            return None
+        total, keep = call.batch + len(call.rows), call.keep
+        return tuple(_take(a, keep, total) for a in args), {k: _take(v, keep, total) for k, v in kwargs.items()}
+
+    def _merge(self, path: str, layer: Attention, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        """Give every row its output; customized rows get the foundational one plus heat times residual."""
+        call = self._call
+        if call is None:
+            return None
+        if self.mode == "replay":
+            output, maps = self.recorded[path]
+        else:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            text = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
+            maps = _maps(layer, hidden[call.source], text[call.source])
+            if self.mode == "record":
+                self.recorded[path] = (output, maps)
+                return None
+            if call.origin is not None:
+                output = output[call.origin]
+        residual = self._entry_residuals(path, call, output)
+        if residual is None:
+            return output
+        heat = word_heat(maps[call.entry_row], call.words)
+        delta = residual_output(heat, residual)
+        per_row = delta.new_zeros(len(call.rows), *delta.shape[1:]).index_add(0, call.entry_row, delta)
+        return output.index_add(0, call.rows, _project(layer, per_row).to(output.dtype))
+
+    # --- rows ----------------------------------------------------------------------------------
+
+    def _planned(self, batch: int, states: Tensor) -> _Call | None:
+        """The call's customized rows, or None for a call that carries no concept."""
+        plan = self.plan
+        if plan is None or not any(plan.rows):
+            return None
+        n = len(plan.rows)
+        if batch % n or states.shape[1:] != plan.states.shape[1:]:
+            return None
+        chunks = [torch.equal(c, plan.states.to(c)) for c in states.split(n)]
+        if not any(chunks):
+            return None
+        if len(chunks) > 2:
+            raise InfusionError(f"The UNet was called with {batch} rows for {n} pictures; concepts know guidance on (2 rows a picture) and off (1 row), so switch off perturbed-attention or other added guidance.")
+        if not chunks[-1]:
+            return None
+        offset = batch - n
+        return self._make_call(plan, offset, batch, states)
+
+    def _make_call(self, plan: Plan, offset: int, batch: int, states: Tensor) -> _Call:
+        device = states.device
+        rows = [i for i, mentions in enumerate(plan.rows) if mentions]
+        entries = [(c, m) for c, i in enumerate(rows) for m in plan.rows[i]]
+        words = torch.zeros(len(entries), states.shape[1])
+        for e, (_, mention) in enumerate(entries):
+            words[e, list(mention.positions)] = mention.strength
+        call = _Call(
+            rows=torch.tensor(rows, device=device) + offset,
+            entry_row=torch.tensor([c for c, _ in entries], device=device),
+            words=words.to(device),
+            names=[m.name for _, m in entries],
+            batch=batch,
+        )
+        call.source = call.rows
+        if self.mode == "joint" and self.two_streams:
+            customized = set(call.rows.tolist())
+            plain = [r for r in range(batch) if r not in customized]
+            place = {r: i for i, r in enumerate([*plain, *range(batch, batch + len(rows))])}
+            foundation = {r: place[batch + c] for c, r in enumerate(call.rows.tolist())}
+            call.keep = torch.tensor(list(place), device=device)
+            call.origin = torch.tensor([foundation.get(r, place.get(r, 0)) for r in range(batch + len(rows))], device=device)
+            call.source = torch.tensor(list(foundation.values()), device=device)
+        return call
+
+    def _entry_residuals(self, path: str, call: _Call, like: Tensor) -> Tensor | None:
+        """(E, h * d), zero where a concept has nothing in this layer; None where no concept has."""
+        found = [self.residuals[name].get(path) for name in call.names]
+        length = next((len(r) for r in found if r is not None), None)
+        if length is None:
+            return None
+        zero = torch.zeros(length)
+        return torch.stack([(zero if r is None else r).to(like.device, like.dtype) for r in found])
+
+
+def _maps(layer: Attention, hidden: Tensor, text: Tensor) -> Tensor:
+    """The layer's own attention maps (b, h, n, m) for the given rows."""
+    if layer.norm_cross:
+        text = layer.norm_encoder_hidden_states(text)
+    query = split_heads(layer.to_q(hidden), layer.heads)
+    key = split_heads(layer.to_k(text), layer.heads)
+    query = query if layer.norm_q is None else layer.norm_q(query)
+    key = key if layer.norm_k is None else layer.norm_k(key)
+    return attention_maps(query, key, layer.scale)
+
+
+def _project(layer: Attention, delta: Tensor) -> Tensor:
+    """The output projection without its bias, whatever wraps it (a LoRA): it is affine."""
+    to_out: Callable[[Tensor], Tensor] = layer.to_out[0]  # pyright: ignore[reportAssignmentType]
+    zero = to_out(delta.new_zeros(1, 1, delta.shape[-1]))
+    return (to_out(delta) - zero) / layer.rescale_output_factor
+
+
+def _append_rows(value: Any, rows: Tensor, batch: int) -> Any:
+    """Every tensor whose first axis is the batch, nested ones too, with `rows` of it appended."""
+    if isinstance(value, Tensor):
+        return torch.cat([value, value[rows]]) if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {k: _append_rows(v, rows, batch) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_append_rows(v, rows, batch) for v in value)
+    return value
+
+
+def _take(value: Any, keep: Tensor, total: int) -> Any:
+    return value[keep] if isinstance(value, Tensor) and value.ndim and value.shape[0] == total else value
+
+
+def _detached_first(value: Any) -> Any:
+    return value[:1].detach() if isinstance(value, Tensor) and value.ndim else value

@@ -1,0 +1,132 @@
+"""Stage one of pretraining: the autoencoder.
+
+Most of it is learned on quarter-size crops, which cost a quarter and hold the same strokes; the last
+part on whole scenes, so that group norms see what they will see in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+
+from infusion.world.dataset import Dataset
+from infusion.world.models import build_autoencoder, pixels_to_tensor
+from infusion.world.scenes import SIDE
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """`steps` in all; `whole` is the share of them, at the end, on whole scenes of a fourth the batch."""
+
+    steps: int = 7000
+    batch: int = 16
+    crop: int = 32
+    whole: float = 0.15
+    learning_rate: float = 2e-3
+    kl_weight: float = 1e-5  # of the mean KL; larger values collapse the latents
+    warmup: int = 200
+    seed: int = 0
+    save_every: int = 500
+
+
+def train_autoencoder(
+    data: Dataset, folder: Path, config: AutoencoderConfig, accelerator: Accelerator
+) -> Iterator[tuple[int, float, AutoencoderKL]]:
+    """Train, yielding (step, mean squared error, model); resumes from `folder` after a kill."""
+    torch.manual_seed(config.seed)
+    model = build_autoencoder().to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    checkpoint, first = folder / "autoencoder.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=accelerator.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    whole_from = int(config.steps * (1 - config.whole))
+    for step in range(first, config.steps):
+        rng = np.random.default_rng((config.seed, step))
+        batch = _batch(data, rng, config, whole=step >= whole_from).to(accelerator.device)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * min(1.0, (step + 1) / config.warmup, (config.steps - step) / (0.7 * config.steps))
+        with accelerator.autocast():
+            posterior = model.encode(batch).latent_dist
+            decoded = model.decode(posterior.sample()).sample
+        error = decoded.float() - batch
+        mse = error.square().mean()
+        kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+        loss = mse + 0.1 * error.abs().mean() + config.kl_weight * kl
+        accelerator.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            torch.save(state, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").replace(checkpoint)
+        yield step + 1, float(mse), model
+    if first >= config.steps:
+        yield first, float("nan"), model
+
+
+@torch.no_grad()
+def encode_dataset(model: AutoencoderKL, data: Dataset, batch: int = 64) -> torch.Tensor:
+    """Posterior means of all scenes, (n, channels, 16, 16) float16 on the CPU."""
+    latents = [
+        model.encode(_tensor(data.pixels[i : i + batch], model)).latent_dist.mean.half().cpu()
+        for i in range(0, len(data), batch)
+    ]
+    return torch.cat(latents)
+
+
+@torch.no_grad()
+def standardize(model: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Fold each latent channel's mean and spread over `latents` into the model's 1x1 convolutions.
+
+    Afterwards latents have mean 0 and variance 1 per channel, so that `scaling_factor` is 1 and no
+    channel drowns another in the denoising loss. Returns the latents, moved along.
+    """
+    assert model.quant_conv is not None and model.post_quant_conv is not None
+    mean = latents.float().mean(dim=(0, 2, 3)).to(model.device)
+    std = latents.float().std(dim=(0, 2, 3)).to(model.device)
+    c = len(mean)
+    quant, post = model.quant_conv, model.post_quant_conv
+    assert quant.bias is not None and post.bias is not None
+    quant.weight[:c] /= std[:, None, None, None]
+    quant.bias[:c] = (quant.bias[:c] - mean) / std
+    quant.bias[c:] -= 2 * std.log()  # the second half is log variance
+    post.bias += torch.einsum("oi,i->o", post.weight[:, :, 0, 0], mean)
+    post.weight *= std[None, :, None, None]
+    mean, std = mean.cpu()[:, None, None], std.cpu()[:, None, None]
+    return ((latents.float() - mean) / std).half()
+
+
+@torch.no_grad()
+def psnr(model: AutoencoderKL, pixels: np.ndarray) -> float:
+    """Mean peak signal-to-noise ratio in dB over pictures (n, h, w, 3) uint8, from the posterior's mean."""
+    x = _tensor(pixels, model)
+    decoded = model.decode(model.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+    mse = ((decoded - x) / 2).square().mean(dim=(1, 2, 3))
+    return float((-10 * mse.log10()).mean())
+
+
+def _tensor(pixels: np.ndarray, model: AutoencoderKL) -> torch.Tensor:
+    x = pixels_to_tensor(torch.from_numpy(np.ascontiguousarray(pixels))).to(model.device, model.dtype)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _batch(data: Dataset, rng: np.random.Generator, config: AutoencoderConfig, whole: bool) -> torch.Tensor:
+    """Crops, or whole scenes in a fourth the number, mirrored half of the time."""
+    count, size = (max(1, config.batch // 4), SIDE) if whole else (config.batch, config.crop)
+    rows = rng.integers(len(data), size=count)
+    corners = rng.integers(0, SIDE - size + 1, (count, 2))
+    crops = np.stack([data.pixels[i, y : y + size, x : x + size] for i, (y, x) in zip(rows, corners, strict=True)])
+    if rng.random() < 0.5:
+        crops = crops[:, :, ::-1]
+    x = pixels_to_tensor(torch.from_numpy(np.ascontiguousarray(crops)))
+    return x.contiguous(memory_format=torch.channels_last)

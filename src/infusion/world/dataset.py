@@ -1,0 +1,117 @@
+"""Draw the training set once: pictures, masks and tokenized captions in memory-mapped arrays.
+
+Scene `i` depends on (seed, i) alone, so that a set can be drawn by any number of processes, in
+any order, and extended later.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from infusion.world.captions import Caption, caption
+from infusion.world.scenes import SIDE, Scene, held_out, random_scene, render
+from infusion.world.tokenizer import MAX_LENGTH, build_tokenizer, span_positions
+
+MAX_SUBJECTS = 3
+CAPTIONS_PER_SCENE = 4
+GRID = 16  # masks are kept at the latent resolution
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Arrays over n scenes, memory-mapped.
+
+    pixels (n, SIDE, SIDE, 3) uint8; masks (n, MAX_SUBJECTS, GRID, GRID) uint8, 255 = inside;
+    ids (n, CAPTIONS_PER_SCENE, MAX_LENGTH) int16 token ids; words (n, CAPTIONS_PER_SCENE,
+    MAX_SUBJECTS, MAX_LENGTH) bool, True where a token is the subject's class word.
+    """
+
+    pixels: np.ndarray
+    masks: np.ndarray
+    ids: np.ndarray
+    words: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+def training_scene(seed: int, index: int) -> tuple[Scene, np.random.Generator]:
+    """Scene `index` of the training set `seed`, never a held-out combination, and the generator that
+    goes on to draw its captions."""
+    rng = np.random.default_rng((seed, index))
+    while True:
+        scene = random_scene(rng)
+        if not held_out(scene):
+            return scene, rng
+
+
+def build_dataset(folder: Path, count: int, seed: int = 0, workers: int | None = None) -> Iterator[int]:
+    """Draw `count` scenes into `folder`, yielding how many are done. Does nothing where they exist."""
+    if (folder / "done").exists() and len(load_dataset(folder)) == count:
+        yield count
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "done").unlink(missing_ok=True)
+    arrays = {
+        name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(count, *shape))
+        for name, (dtype, shape) in _LAYOUT.items()
+    }
+    starts = range(0, count, _CHUNK)
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        for start, chunk in zip(starts, pool.map(_draw_chunk, *zip(*((seed, s, min(_CHUNK, count - s)) for s in starts), strict=True)), strict=True):
+            for name, values in chunk.items():
+                arrays[name][start : start + len(values)] = values
+            yield start + len(chunk["pixels"])
+    for array in arrays.values():
+        array.flush()
+    (folder / "done").touch()
+
+
+def load_dataset(folder: Path) -> Dataset:
+    """The set drawn into `folder` by `build_dataset`."""
+    return Dataset(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _LAYOUT})
+
+
+def encode_caption(words: Caption) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids (MAX_LENGTH,) int16 and class-word indicators (MAX_SUBJECTS, MAX_LENGTH) bool."""
+    encoded = _tokenizer()(words.text, padding="max_length", truncation=True, return_offsets_mapping=True)
+    indicator = np.zeros((MAX_SUBJECTS, MAX_LENGTH), bool)
+    for i, span in enumerate(words.spans):
+        if span is not None:
+            indicator[i, span_positions(encoded["offset_mapping"], span)] = True
+    return np.array(encoded["input_ids"], np.int16), indicator
+
+
+_LAYOUT = {
+    "pixels": (np.uint8, (SIDE, SIDE, 3)),
+    "masks": (np.uint8, (MAX_SUBJECTS, GRID, GRID)),
+    "ids": (np.int16, (CAPTIONS_PER_SCENE, MAX_LENGTH)),
+    "words": (np.bool_, (CAPTIONS_PER_SCENE, MAX_SUBJECTS, MAX_LENGTH)),
+}
+
+
+@cache
+def _tokenizer():  # noqa: ANN202 - transformers gives the class no stable type
+    return build_tokenizer()
+
+
+def _draw_chunk(seed: int, start: int, count: int) -> dict[str, np.ndarray]:
+    chunk = {name: np.zeros((count, *shape), dtype) for name, (dtype, shape) in _LAYOUT.items()}
+    for i in range(count):
+        scene, rng = training_scene(seed, start + i)
+        drawn = render(scene)
+        chunk["pixels"][i] = drawn.pixels
+        cells = SIDE // GRID
+        masks = drawn.masks.reshape(-1, GRID, cells, GRID, cells).mean(axis=(2, 4))
+        chunk["masks"][i, : len(masks)] = np.round(masks * 255)
+        for c in range(CAPTIONS_PER_SCENE):
+            chunk["ids"][i, c], chunk["words"][i, c] = encode_caption(caption(scene, rng))
+    return chunk

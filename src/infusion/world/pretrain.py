@@ -1,0 +1,275 @@
+"""Train the embedded base from scratch: python -m infusion.world.pretrain --folder runs/base
+
+Four stages, each resumed where it stopped: draw the training set, train the autoencoder, encode the
+set once, train text encoder and UNet together. `--minutes` ends the last stage by the clock, with
+the learning rate brought to zero by then. `--from-weights` goes on from the shipped weights alone
+(fresh optimizer, warm-up). `export` writes weights for shipping.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, psnr, standardize, train_autoencoder
+from infusion.world.dataset import CAPTIONS_PER_SCENE, GRID, Dataset, build_dataset, load_dataset
+from infusion.world.grounding import MapGate, grounding_loss, map_gate, mean_heat, recorded_maps
+from infusion.world.models import build_scheduler, build_text_encoder, build_unet
+from infusion.world.tokenizer import build_tokenizer
+
+BASE_FILES = "base.pt"
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Recipe of the base. `minutes` is wall time of the last stage over all its resumed parts."""
+
+    scenes: int = 40_000
+    minutes: float = 90.0
+    batch: int = 32
+    learning_rate: float = 1e-3
+    warmup: int = 200
+    decay: float = 0.3  # share of the time, at the end, over which the learning rate falls to zero
+    caption_dropout: float = 0.1
+    grounding_weight: float = 0.1
+    ema: float = 0.999
+    seed: int = 0
+    compile: bool = False
+    save_every: int = 500
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State yielded by `train_base` after every step: losses of the batch, pictures seen, seconds spent."""
+
+    step: int
+    seen: int
+    seconds: float
+    denoising: float
+    grounding: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """latents (b, c, g, g); ids (b, m); words (b, s, m) bool; masks (b, s, g, g) in [0, 1]."""
+
+    latents: Tensor
+    ids: Tensor
+    words: Tensor
+    masks: Tensor
+
+
+def sample_batch(latents: Tensor, data: Dataset, rows: np.ndarray, rng: np.random.Generator, dropout: float = 0.0) -> Batch:
+    """The scenes `rows`, each with one of its captions; captions are dropped (empty) with `dropout`."""
+    which = rng.integers(CAPTIONS_PER_SCENE, size=len(rows))
+    ids = torch.from_numpy(data.ids[rows, which].astype(np.int64))
+    words = torch.from_numpy(data.words[rows, which])
+    empty = torch.from_numpy(rng.random(len(rows)) < dropout)
+    ids[empty, 1:] = int(ids[0, -1])  # a short caption ends in padding, which is the end token: so does an empty one
+    words[empty] = False
+    masks = torch.from_numpy(data.masks[rows].astype(np.float32) / 255)
+    return Batch(latents[torch.from_numpy(rows)].float(), ids, words, masks)
+
+
+def train_base(
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    latents: Tensor,
+    data: Dataset,
+    folder: Path,
+    config: PretrainConfig,
+    accelerator: Accelerator,
+) -> Iterator[Progress]:
+    """Train both networks with v-prediction and the grounding term; they hold the averaged weights at the end.
+
+    Every step yields; every `save_every` steps and at the end a checkpoint is written to `folder`,
+    from which a later call with the same folder goes on.
+    """
+    set_seed(config.seed)
+    device = accelerator.device
+    unet.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    text_encoder.to(device)  # pyright: ignore[reportArgumentType]
+    networks = torch.nn.ModuleDict({"unet": unet, "text": text_encoder})
+    decayed = [p for p in networks.parameters() if p.ndim >= 2]
+    plain = [p for p in networks.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}],
+        config.learning_rate,
+        betas=(0.9, 0.99),
+    )
+    ema = EMAModel(networks.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75)
+    step, spent = 0, 0.0
+    checkpoint = folder / BASE_FILES
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        networks.load_state_dict(state["networks"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+        step, spent = state["step"], state["seconds"]
+    alphas = build_scheduler().alphas_cumprod.to(device)
+    limit = config.minutes * 60
+    forward = torch.compile(unet) if config.compile else unet
+    last = time.monotonic()
+
+    def save() -> None:
+        state = {
+            "networks": networks.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "ema": ema.state_dict(),
+            "step": step,
+            "seconds": spent,
+        }
+        torch.save(state, checkpoint.with_suffix(".tmp"))
+        checkpoint.with_suffix(".tmp").replace(checkpoint)
+
+    with recorded_maps(unet) as records:
+        while spent < limit:
+            rng = np.random.default_rng((config.seed, step))
+            lr = config.learning_rate * min(1.0, (step + 1) / config.warmup, (limit - spent) / (config.decay * limit))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            rows = _epoch_rows(len(latents), config, step)
+            batch = sample_batch(latents, data, rows, rng, config.caption_dropout)
+            clean, ids = batch.latents.to(device), batch.ids.to(device)
+            timesteps = torch.from_numpy(rng.integers(0, len(alphas), len(rows))).to(device)
+            noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step + 1)).to(device)
+            a = alphas[timesteps].sqrt()[:, None, None, None]
+            s = (1 - alphas[timesteps]).sqrt()[:, None, None, None]
+            noisy, target = a * clean + s * noise, a * noise - s * clean
+            with accelerator.autocast():
+                states = text_encoder(ids).last_hidden_state
+                predicted = forward(noisy.contiguous(memory_format=torch.channels_last), timesteps, states).sample
+            denoising = (predicted.float() - target).square().mean()
+            grounding = grounding_loss(records, batch.words.to(device), batch.masks.to(device))
+            records.clear()
+            accelerator.backward(denoising + config.grounding_weight * grounding)
+            torch.nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.step(networks.parameters())
+            step += 1
+            now = time.monotonic()
+            spent, last = spent + now - last, now
+            if step % config.save_every == 0:
+                save()
+            yield Progress(step, step * config.batch, spent, float(denoising), float(grounding), lr)
+        save()
+    ema.copy_to(networks.parameters())
+
+
+def _epoch_rows(count: int, config: PretrainConfig, step: int) -> np.ndarray:
+    """Rows of batch `step`: every epoch is a fresh permutation of all scenes."""
+    per_epoch = count // config.batch
+    epoch, index = divmod(step, per_epoch)
+    order = np.random.default_rng((config.seed, 7, epoch)).permutation(count)
+    return order[index * config.batch : (index + 1) * config.batch]
+
+
+@torch.no_grad()
+def measure_maps(
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    latents: Tensor,
+    data: Dataset,
+    count: int = 256,
+    timesteps: tuple[int, ...] = (400, 500, 600),
+) -> MapGate:
+    """The map gate at middle timesteps on the last `count` scenes: maps averaged over the layers of
+    16x16 and 8x8, all heads and the timesteps."""
+    rows = np.arange(len(latents) - count, len(latents))
+    batch = sample_batch(latents, data, rows, np.random.default_rng(0))
+    alphas = build_scheduler().alphas_cumprod
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
+    states = text_encoder(batch.ids.to(unet.device)).last_hidden_state
+    heat = torch.zeros(count, batch.words.shape[1], GRID, GRID)
+    with recorded_maps(unet) as records:
+        for t in timesteps:
+            for i in range(0, count, 64):
+                part = slice(i, i + 64)
+                noisy = alphas[t].sqrt() * batch.latents[part] + (1 - alphas[t]).sqrt() * noise[part]
+                unet(noisy.to(unet.device), t, states[part])
+                heat[part] += mean_heat(records, batch.words[part].to(unet.device), GRID).cpu() / len(timesteps)
+                records.clear()
+    return map_gate(heat, batch.words, batch.masks)
+
+
+def prepare(folder: Path, config: PretrainConfig, accelerator: Accelerator) -> tuple[AutoencoderKL, Tensor, Dataset]:
+    """Stages one to three: the drawn set, the standardized autoencoder, and all latents."""
+    for done in build_dataset(folder / "data", config.scenes, config.seed):
+        if done % 4096 == 0:
+            _log(folder, stage="drawing", scenes=done)
+    data = load_dataset(folder / "data")
+    encoded = folder / "latents.pt"
+    if not encoded.exists():
+        model: AutoencoderKL | None = None
+        for step, mse, model in train_autoencoder(data, folder, config.autoencoder, accelerator):
+            if step % 250 == 0:
+                model.eval()
+                _log(folder, stage="autoencoder", step=step, mse=mse, psnr=psnr(model, data.pixels[-64:]))
+                model.train()
+        assert model is not None
+        model.eval()
+        latents = standardize(model, encode_dataset(model, data))
+        torch.save({"latents": latents, "autoencoder": model.state_dict()}, encoded.with_suffix(".tmp"))
+        encoded.with_suffix(".tmp").replace(encoded)
+    state = torch.load(encoded, weights_only=True)
+    from infusion.world.models import build_autoencoder
+
+    autoencoder = build_autoencoder()
+    autoencoder.load_state_dict(state["autoencoder"])
+    return autoencoder.eval().to(accelerator.device), state["latents"], data  # pyright: ignore[reportArgumentType]
+
+
+def _log(folder: Path, **values: object) -> None:
+    line = json.dumps({"time": round(time.time()), **values})
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
+
+
+def main() -> None:
+    """Command line; every field of PretrainConfig that users vary is an option."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where data, checkpoints and the log live")
+    for name in ("scenes", "minutes", "batch", "learning_rate", "grounding_weight", "seed"):
+        default = getattr(PretrainConfig(), name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    parser.add_argument("--autoencoder-steps", type=int, default=AutoencoderConfig().steps)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet (gradients agree with eager)")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    options = {k: v for k, v in vars(args).items() if k not in ("folder", "autoencoder_steps")}
+    config = PretrainConfig(**options, autoencoder=AutoencoderConfig(steps=args.autoencoder_steps))
+    accelerator = Accelerator(mixed_precision="bf16")
+    _log(args.folder, stage="start", device=str(accelerator.device), **asdict(config))
+
+    _, latents, data = prepare(args.folder, config, accelerator)
+    unet, text_encoder = build_unet(), build_text_encoder(build_tokenizer())
+    sums = np.zeros(3)
+    for p in train_base(text_encoder, unet, latents, data, args.folder, config, accelerator):
+        sums += (1, p.denoising, p.grounding)
+        if p.step % 100 == 0:
+            _, denoising, grounding = sums / sums[0]
+            sums[:] = 0
+            _log(args.folder, stage="base", step=p.step, seen=p.seen, seconds=round(p.seconds), denoising=round(denoising, 4), grounding=round(grounding, 4), lr=p.learning_rate)
+    torch.save({"unet": unet.state_dict(), "text": text_encoder.state_dict()}, args.folder / "final.pt")
+    _log(args.folder, stage="done", **asdict(measure_maps(text_encoder, unet, latents, data)))
+
+
+if __name__ == "__main__":
+    main()
