@@ -64,7 +64,7 @@ class Concept:
             "settings": json.dumps(self.settings, sort_keys=True),
         }
         tensors = {k: v.detach().float().cpu().contiguous() for k, v in sorted(self.residuals.items())}
-        _write_atomically(path, to_bytes(tensors, metadata))
+        _write_atomically(path, _canonical(to_bytes(tensors, metadata)))
         return path
 
     @classmethod
@@ -89,6 +89,14 @@ class Concept:
             return cls(metadata["name"], metadata["word"], residuals, settings)
         except (KeyError, json.JSONDecodeError) as error:
             raise InfusionError(f"{str(path)!r} lacks part of its header ({error}); get a fresh copy of it.") from None
+
+
+def _canonical(content: bytes) -> bytes:
+    """The same safetensors file with its header's keys sorted: safetensors itself writes metadata in random order."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[start:]
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

@@ -27,7 +27,7 @@ from transformers import CLIPTextModel
 from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, psnr, standardize, train_autoencoder
 from infusion.world.dataset import CAPTIONS_PER_SCENE, GRID, Dataset, build_dataset, load_dataset
 from infusion.world.grounding import MapGate, grounding_loss, map_gate, mean_heat, recorded_maps
-from infusion.world.models import build_scheduler, build_text_encoder, build_unet
+from infusion.world.models import build_autoencoder, build_scheduler, build_text_encoder, build_unet
 from infusion.world.tokenizer import build_tokenizer
 
 BASE_FILES = "base.pt"
@@ -228,7 +228,6 @@ def prepare(folder: Path, config: PretrainConfig, accelerator: Accelerator) -> t
         torch.save({"latents": latents, "autoencoder": model.state_dict()}, encoded.with_suffix(".tmp"))
         encoded.with_suffix(".tmp").replace(encoded)
     state = torch.load(encoded, weights_only=True)
-    from infusion.world.models import build_autoencoder
 
     autoencoder = build_autoencoder()
     autoencoder.load_state_dict(state["autoencoder"])

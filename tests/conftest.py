@@ -1,0 +1,96 @@
+"""Fixtures: tiny random pipelines, made anew for each test session, no network."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from infusion.concept import Concept
+from infusion.streams import value_lengths
+from infusion.world.tokenizer import build_tokenizer
+
+
+def tiny_unet(**changes: object) -> UNet2DConditionModel:
+    """A random UNet with different widths, heads and resolutions per block."""
+    torch.manual_seed(0)
+    settings = {
+        "sample_size": 8,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "attention_head_dim": (2, 4),
+        "cross_attention_dim": 12,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**{**settings, **changes}).eval()  # type: ignore[arg-type]
+
+
+def tiny_pipeline() -> StableDiffusionPipeline:
+    """A stock pipeline of random weights: 16x16 pictures, 8x8 latents."""
+    torch.manual_seed(1)
+    tokenizer = build_tokenizer()
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=12,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text.eval(),
+        tokenizer=tokenizer,
+        unet=tiny_unet(),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def _shared_pipe() -> StableDiffusionPipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def pipe(_shared_pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """A tiny pipeline of the test's own."""
+    return copy.deepcopy(_shared_pipe)
+
+
+def random_concept(unet: torch.nn.Module, name: str = "milo", word: str = "dog", seed: int = 0, scale: float = 1.0) -> Concept:
+    """A concept with random residuals in every layer."""
+    generator = torch.Generator().manual_seed(seed)
+    return Concept(name, word, {p: scale * torch.randn(n, generator=generator) for p, n in value_lengths(unet).items()})
+
+
+def latents(pipe: StableDiffusionPipeline, prompt: object, **kwargs: object) -> torch.Tensor:
+    """Final latents of a stock call of two steps from one seed."""
+    count = (len(prompt) if isinstance(prompt, list) else 1) * kwargs.get("num_images_per_prompt", 1)  # type: ignore[operator]
+    generator = [torch.Generator().manual_seed(i) for i in range(count)]
+    options = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent", "generator": generator}
+    return pipe(prompt, **{**options, **kwargs}).images  # type: ignore[operator]

@@ -1,0 +1,56 @@
+"""The method written out: two passes, explicit maps, loops over rows and heads. Slow, and easy to check
+against the equations of docs/idea.md; what tests hold the real thing to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infusion.streams import Plan, cross_attention_layers
+
+
+class _Explicit:
+    """Cross-attention with explicit maps; given maps replace its own, added values go to the text's values."""
+
+    def __init__(self, given: Tensor | None = None, added: Tensor | None = None) -> None:
+        self.given, self.added, self.maps = given, added, None
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        q, k, v = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        if self.added is not None:
+            v = v + self.added
+        b, n, width = q.shape
+        d = width // attn.heads
+        out, maps = torch.zeros_like(q), torch.zeros(b, attn.heads, n, k.shape[1])
+        for row in range(b):
+            for head in range(attn.heads):
+                part = slice(head * d, (head + 1) * d)
+                a = torch.softmax(q[row, :, part] @ k[row, :, part].T / d**0.5, dim=-1)
+                maps[row, head] = a
+                if self.given is not None:
+                    a = self.given[row, head]
+                out[row, :, part] = a @ v[row, :, part]
+        self.maps = maps
+        return attn.to_out[0](out)
+
+
+def naive_prediction(unet, sample: Tensor, timestep, states: Tensor, plan: Plan, residuals: dict, two_streams: bool = True) -> Tensor:
+    """The customized noise prediction of rows that follow `plan` (conditional rows only)."""
+    layers = cross_attention_layers(unet)
+    stock = dict(unet.attn_processors)
+    try:
+        foundational = {path: _Explicit() for path in layers}
+        for path, layer in layers.items():
+            layer.set_processor(foundational[path])
+        unet(sample, timestep, states)
+        for path, layer in layers.items():
+            added = torch.zeros(*states.shape[:2], layer.to_v.out_features)
+            for row, mentions in enumerate(plan.rows):
+                for mention in mentions:
+                    for position in mention.positions:
+                        if path in residuals[mention.name]:
+                            added[row, position] += mention.strength * residuals[mention.name][path]
+            layer.set_processor(_Explicit(foundational[path].maps if two_streams else None, added))
+        return unet(sample, timestep, states).sample
+    finally:
+        unet.set_attn_processor(stock)

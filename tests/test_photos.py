@@ -1,0 +1,65 @@
+"""Photos: folders, orientation, masks, cropping, and what cannot be read."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from infusion.errors import InfusionError
+from infusion.photos import load_photos, mask_to_tensor, square, to_tensor
+
+
+def test_a_folder_in_the_order_of_its_names(tmp_path):
+    for name, color in (("b.png", "blue"), ("a.jpg", "red"), ("c.webp", "lime")):
+        Image.new("RGB", (20, 10), color).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not a picture")
+    photos = load_photos(tmp_path)
+    centres = [p.image.getpixel((10, 5)) for p in photos]
+    assert [int(np.argmax(c)) for c in centres] == [0, 2, 1]
+
+
+def test_masks_from_files_and_alpha(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    Image.new("L", (8, 8), 200).save(tmp_path / "a-mask.png")
+    cut = Image.new("RGBA", (8, 8), (0, 255, 0, 255))
+    cut.putpixel((0, 0), (0, 0, 0, 0))
+    cut.save(tmp_path / "b.png")
+    Image.new("RGBA", (8, 8), (0, 0, 255, 255)).save(tmp_path / "c.png")
+    a, b, c = load_photos(tmp_path)
+    assert a.mask.getpixel((3, 3)) == 200
+    assert b.mask.getpixel((0, 0)) == 0
+    assert b.mask.getpixel((3, 3)) == 255
+    assert c.mask is None
+    assert mask_to_tensor(a.mask, 4).shape == (4, 4)
+
+
+def test_orientation_is_followed(tmp_path):
+    image = Image.new("RGB", (20, 10))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert load_photos(tmp_path)[0].image.size == (10, 20)
+
+
+def test_pictures_are_cropped_never_squashed():
+    image = Image.new("RGB", (30, 10), "white")
+    image.paste("red", (10, 0, 20, 10))
+    small = np.asarray(square(image, 8))
+    assert small.shape == (8, 8, 3)
+    assert (small[2:6, 2:6] == (255, 0, 0)).all()
+    tensor = to_tensor([Image.new("RGB", (4, 6), (255, 0, 128))])
+    assert tensor.shape == (1, 3, 6, 4)
+    assert tensor[0, :2, 0, 0].tolist() == [1.0, -1.0]
+
+
+def test_errors(tmp_path):
+    with pytest.raises(InfusionError, match="no folder"):
+        load_photos(tmp_path / "none")
+    with pytest.raises(InfusionError, match="no picture"):
+        load_photos(tmp_path)
+    with pytest.raises(InfusionError, match="No photos"):
+        load_photos([])
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n nonsense")
+    with pytest.raises(InfusionError, match="a.png' cannot be read as a picture"):
+        load_photos(tmp_path)

@@ -1,0 +1,170 @@
+"""Stock pipelines with concepts attached: what changes, what must not, and what is left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
+
+import infusion
+from infusion.errors import InfusionError
+from tests.conftest import latents, random_concept, tiny_unet
+
+PROMPTS = ["a dog on the beach", "a dog on the beach", "a teddy bear in the snow"]
+
+
+@pytest.fixture
+def milo(pipe):
+    return random_concept(pipe.unet, "milo", "dog", seed=1)
+
+
+@pytest.fixture
+def rex(pipe):
+    return random_concept(pipe.unet, "rex", "dog", seed=2)
+
+
+def test_calls_without_a_name_are_the_bases_bit_for_bit(pipe, milo):
+    before = latents(pipe, PROMPTS)
+    with infusion.attach(pipe, milo):
+        latents(pipe, "a <milo>")
+        assert torch.equal(latents(pipe, PROMPTS), before)
+    assert torch.equal(latents(pipe, PROMPTS), before)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30])
+@pytest.mark.parametrize("two_streams", [True, False])
+def test_an_empty_residual_is_the_base_through_the_full_path(pipe, scale, two_streams):
+    before = latents(pipe, "a dog on the beach")
+    empty = random_concept(pipe.unet, scale=scale)
+    with infusion.attach(pipe, empty, two_streams=two_streams):
+        after = latents(pipe, "a <milo> on the beach")
+    assert (after - before).abs().max() < 1e-5 * before.abs().max()
+
+
+def test_only_the_rows_that_name_a_concept_change(pipe, milo):
+    before = latents(pipe, PROMPTS)
+    with infusion.attach(pipe, milo):
+        after = latents(pipe, [PROMPTS[0], "a <milo> on the beach", PROMPTS[2]])
+    change = (after - before).abs().amax(dim=(1, 2, 3))
+    assert change[1] > 1e-2
+    assert change[[0, 2]].max() < 1e-4 * before.abs().max()
+
+
+def test_two_dogs_of_one_text_are_told_apart(pipe, milo, rex):
+    prompts = ["a <milo> on the beach", "a <rex> on the beach", "a <milo:0.5> on the beach"]
+    alone = []
+    with infusion.attach(pipe, milo, rex):
+        for i, prompt in enumerate(prompts):
+            alone.append(latents(pipe, prompt, negative_prompt="a dog on the beach", generator=torch.Generator().manual_seed(i)))
+        together = latents(pipe, prompts, negative_prompt=["a dog on the beach"] * 3)
+    assert (torch.cat(alone) - together).abs().max() < 1e-4 * together.abs().max()
+    assert (together[0] - together[1]).abs().max() > 1e-2
+    assert (together[0] - together[2]).abs().max() > 1e-2
+
+
+def test_strength_by_prompt_and_by_argument_multiply(pipe, milo):
+    with infusion.attach(pipe, milo, strength={"milo": 0.5}):
+        both = latents(pipe, "a <milo:0.5> here")
+    with infusion.attach(pipe, milo):
+        quarter = latents(pipe, "a <milo:0.25> here")
+    assert torch.allclose(both, quarter, atol=1e-5)
+
+
+def test_several_images_per_prompt(pipe, milo):
+    with infusion.attach(pipe, milo):
+        four = latents(pipe, ["a <milo> here", "a cat"], num_images_per_prompt=2)
+        generator = [torch.Generator().manual_seed(i) for i in (0, 1)]
+        two = latents(pipe, ["a <milo> here"] * 2, generator=generator)
+    assert torch.allclose(four[:2], two, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 7.5])
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+def test_schedulers_and_guidance(pipe, milo, guidance_scale, scheduler):
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    before = latents(pipe, "a dog", guidance_scale=guidance_scale)
+    with infusion.attach(pipe, milo):
+        after = latents(pipe, "a <milo>", guidance_scale=guidance_scale)
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_guidance_switched_off_in_a_callback(pipe, milo):
+    def off(pipe, step, timestep, kwargs):
+        if step == 0:
+            kwargs["prompt_embeds"] = kwargs["prompt_embeds"].chunk(2)[-1]
+            pipe._guidance_scale = 0.0
+        return kwargs
+
+    options = {"callback_on_step_end": off, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"], "num_inference_steps": 3}
+    before = latents(pipe, "a dog", **options)
+    with infusion.attach(pipe, milo):
+        after = latents(pipe, "a <milo>", **options)
+        empty = latents(pipe, "a <milo:0>", **options)
+    assert (after - before).abs().max() > 1e-3
+    assert (empty - before).abs().max() < 1e-5 * before.abs().max()
+
+
+def test_siblings_made_before_and_inside(pipe, milo):
+    image = torch.rand(1, 3, 16, 16)
+
+    def draw(sibling, prompt):
+        return sibling(prompt, image=image, num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="latent").images
+
+    earlier = StableDiffusionImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.float32)
+    with infusion.attach(pipe, milo):
+        later = StableDiffusionImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.float32)
+        drawn = [draw(p, "a <milo>") for p in (earlier, later)]
+    base = draw(earlier, "a dog")
+    assert torch.equal(*drawn)
+    assert (drawn[0] - base).abs().max() > 1e-3
+    for p in (earlier, later, pipe):
+        assert "encode_prompt" not in vars(p)
+
+
+def test_nested_and_repeated_attachments(pipe, milo, rex):
+    outer = infusion.attach(pipe, milo)
+    inner = infusion.attach(pipe, rex)
+    again = infusion.attach(pipe, milo, strength={"milo": 0.0})
+    base = latents(pipe, "a dog and a dog")
+    both = latents(pipe, "a <milo> and a <rex>")
+    again.detach()
+    outer_again = latents(pipe, "a <milo> and a <rex>")
+    assert (both - outer_again).abs().max() > 1e-3
+    outer.detach()  # out of order
+    assert (latents(pipe, "a dog and a <rex>") - base).abs().max() > 1e-3
+    with pytest.raises(InfusionError, match="<milo> is unknown"):
+        latents(pipe, "a <milo>")
+    inner.detach()
+    inner.detach()
+    assert torch.equal(latents(pipe, "a dog and a dog"), base)
+    assert "encode_prompt" not in vars(pipe)
+
+
+def test_nothing_is_left_after_an_error(pipe, milo):
+    hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pipe.unet.modules())  # noqa: E731
+    weights = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+
+    def fail(*args):
+        raise RuntimeError("stopped by the user")
+
+    with pytest.raises(RuntimeError, match="stopped by the user"), infusion.attach(pipe, milo):
+        assert hooks() > 0
+        latents(pipe, "a <milo>", callback_on_step_end=fail)
+    assert hooks() == 0
+    assert "encode_prompt" not in vars(pipe)
+    assert all(torch.equal(v, weights[k]) for k, v in pipe.unet.state_dict().items())
+    assert "<milo>" not in pipe.tokenizer.get_vocab()
+
+
+def test_refusals(pipe, milo):
+    with pytest.raises(InfusionError, match="at least one concept"):
+        infusion.attach(pipe)
+    with pytest.raises(InfusionError, match="Two concepts are named 'milo'"):
+        infusion.attach(pipe, milo, milo)
+    with pytest.raises(InfusionError, match="strength names 'rex'"):
+        infusion.attach(pipe, milo, strength={"rex": 1.0})
+    other = random_concept(tiny_unet(block_out_channels=(8, 32)))
+    with pytest.raises(InfusionError, match="another architecture"):
+        infusion.attach(pipe, other)
+    with infusion.attach(pipe, milo), pytest.raises(InfusionError, match="negative prompt"):
+        latents(pipe, "a cat", negative_prompt="a <milo>")

@@ -1,0 +1,100 @@
+"""Names in prompts: replaced text and token positions."""
+
+from __future__ import annotations
+
+import pytest
+
+from infusion.errors import InfusionError
+from infusion.prompts import parse, refuse_in_negative
+from infusion.world.tokenizer import build_tokenizer
+
+WORDS = {"milo": "dog", "ted": "teddy bear", "axo": "axolotl"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+def words_at(tokenizer, parsed, mention) -> str:
+    ids = tokenizer(parsed.text)["input_ids"]
+    return tokenizer.decode([ids[p] for p in mention.positions]).strip()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "found"),
+    [
+        ("a photo of <milo> on the beach", "a photo of dog on the beach", ["dog"]),
+        ("<milo> on the beach", "dog on the beach", ["dog"]),
+        ("<milo>, in the snow", "dog, in the snow", ["dog"]),
+        ("<milo>'s red ball", "dog's red ball", ["dog"]),
+        ("A PHOTO OF THE <milo>!", "A PHOTO OF THE dog!", ["dog"]),
+        ("a <ted> in a room", "a teddy bear in a room", ["teddy bear"]),
+        ("an <axo> in space", "an axolotl in space", ["axolotl"]),
+        ("<milo> and <milo> and a dog", "dog and dog and a dog", ["dog", "dog"]),
+        ("<milo> next to a <ted>, and another dog", "dog next to a teddy bear, and another dog", ["dog", "teddy bear"]),
+        ("a dog without concept", "a dog without concept", []),
+        ("1 < 2 and 3 > 2 <3", "1 < 2 and 3 > 2 <3", []),
+    ],
+)
+def test_text_and_positions(tokenizer, prompt, text, found):
+    parsed = parse(prompt, WORDS, tokenizer)
+    assert parsed.text == text
+    assert [words_at(tokenizer, parsed, m) for m in parsed.mentions] == found
+
+
+def test_repeated_words_keep_their_own_places(tokenizer):
+    parsed = parse("a dog and <milo> and a dog", WORDS, tokenizer)
+    assert [m.positions for m in parsed.mentions] == [(4,)]
+
+
+@pytest.mark.parametrize(("tag", "strength"), [("<milo>", 1.0), ("<milo:0.7>", 0.7), ("<milo:-2>", -2.0), ("<milo:1e-3>", 1e-3)])
+def test_strength(tokenizer, tag, strength):
+    assert parse(f"a {tag} here", WORDS, tokenizer).mentions[0].strength == strength
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a <mil0>", "<mil0> is unknown; the concepts at hand are <milo>, <ted>, <axo>. Did you mean <milo>"),
+        ("a <milo:strong>", "'strong' is no strength"),
+        ("a <milo:nan>", "is no strength"),
+        ("a <milo:>", "is no strength"),
+        ("the " * 40 + "<milo>", "<milo> is cut off"),
+        ("the " * 30 + "<milo>", "<milo> is cut off"),
+    ],
+)
+def test_errors_name_the_remedy(tokenizer, prompt, message):
+    with pytest.raises(InfusionError, match=message.replace("(", "\\(")):
+        parse(prompt, WORDS, tokenizer)
+
+
+def test_the_last_free_place_still_counts(tokenizer):
+    parsed = parse("the " * 29 + "<milo>", WORDS, tokenizer)
+    assert parsed.mentions[0].positions == (30,)
+
+
+def test_a_word_cut_in_its_middle_is_an_error(tokenizer):
+    with pytest.raises(InfusionError, match="cut off"):
+        parse("the " * 29 + "<ted>", WORDS, tokenizer)
+
+
+def test_tokens_of_the_tokenizer_are_no_concepts():
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens("<cat-toy>")
+    parsed = parse("a <cat-toy> and <milo>", WORDS, tokenizer)
+    assert parsed.text == "a <cat-toy> and dog"
+    assert len(parsed.mentions) == 1
+
+
+def test_conversion_shifts_positions(tokenizer):
+    convert = lambda text: text.replace("star", "star star star")  # noqa: E731 - as multi-token embeddings do
+    parsed = parse("a star and <milo>", WORDS, tokenizer, convert)
+    assert parsed.text == "a star and dog"
+    assert parsed.mentions[0].positions == (6,)
+
+
+def test_negative_prompts_have_no_concepts():
+    refuse_in_negative("blurry, a dog", WORDS)
+    with pytest.raises(InfusionError, match="write 'dog' there"):
+        refuse_in_negative("blurry <milo:0.5>", WORDS)

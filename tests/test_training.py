@@ -1,0 +1,144 @@
+"""Learning on a tiny random base: it lowers the loss, repeats itself exactly, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+
+import infusion
+from infusion.errors import InfusionError
+from infusion.lesson import TEMPLATES, attention_masks, prepare_lesson
+from infusion.methods.finetune import FinetuneConfig, finetuning, with_unet
+from infusion.photos import Photo, load_photos
+from infusion.streams import Streams, value_lengths
+from infusion.training import LearnConfig, learning, masked_loss, predict
+from tests.conftest import latents
+
+
+@pytest.fixture
+def photos():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)) for _ in range(3)]
+
+
+def fixed_loss(pipe, lesson, concept, two_streams=True) -> float:
+    """Loss on a fixed set of photos, captions, timesteps and noise."""
+    draw = lesson.draw(32, torch.Generator().manual_seed(99))
+    streams = Streams(pipe.unet)
+    streams.residuals, streams.two_streams = {concept.name: concept.residuals}, two_streams
+    with torch.no_grad():
+        loss = float(masked_loss(predict(streams, draw), draw))
+    streams.remove()
+    return loss
+
+
+@pytest.mark.parametrize("two_streams", [True, False])
+def test_learning_lowers_the_loss(pipe, photos, two_streams):
+    lesson = prepare_lesson(pipe, load_photos(photos), "dog", "milo")
+    concept = infusion.learn(pipe, lesson, "dog", "milo", LearnConfig(steps=25, batch=8, learning_rate=1.0, two_streams=two_streams))
+    empty = infusion.Concept("milo", "dog", {p: torch.zeros(n) for p, n in value_lengths(pipe.unet).items()})
+    assert fixed_loss(pipe, lesson, concept, two_streams) < 0.98 * fixed_loss(pipe, lesson, empty, two_streams)
+
+
+def test_the_same_seed_gives_the_same_bytes(pipe, photos, tmp_path):
+    config = LearnConfig(steps=3, batch=2)
+    paths = [infusion.learn(pipe, photos, "dog", "milo", config).save(tmp_path / f"{i}.safetensors") for i in range(2)]
+    other = infusion.learn(pipe, photos, "dog", "milo", LearnConfig(steps=3, batch=2, seed=1)).save(tmp_path / "other")
+    assert paths[0].read_bytes() == paths[1].read_bytes() != other.read_bytes()
+
+
+def test_the_pipeline_is_as_before_also_after_an_early_stop(pipe, photos):
+    before = latents(pipe, "a dog")
+    weights = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    pipe.unet.train()
+    for state in learning(pipe, photos, "dog", "milo", LearnConfig(steps=10, batch=2)):
+        if state.step == 2:
+            break
+    del state
+    assert pipe.unet.training
+    assert all(p.requires_grad for p in pipe.unet.parameters())
+    assert all(p.grad is None for p in pipe.unet.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
+    pipe.unet.eval()
+    assert torch.equal(latents(pipe, "a dog"), before)
+    assert all(torch.equal(v, weights[k]) for k, v in pipe.unet.state_dict().items())
+
+
+def test_layers_can_be_chosen(pipe, photos):
+    concept = infusion.learn(pipe, photos, "dog", "milo", LearnConfig(steps=1, batch=2, layers=("up_blocks",)))
+    assert len(concept.residuals) == 4
+    with pytest.raises(InfusionError, match="No cross-attention layer matches nothing"):
+        infusion.learn(pipe, photos, "dog", "milo", LearnConfig(layers=("nothing",)))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_targets_and_masks(pipe, photos, prediction_type):
+    pipe.scheduler = DDIMScheduler(prediction_type=prediction_type)
+    half = Image.new("L", (24, 20), 0)
+    half.paste(255, (0, 0, 12, 20))
+    lesson = prepare_lesson(pipe, [Photo(photos[0], half)], "dog", "milo")
+    assert lesson.masks.shape == (2, 8, 8)
+    assert torch.equal(lesson.masks[0].flip(-1), lesson.masks[1])
+    assert lesson.masks[0, :, 0].min() == 1.0
+    assert lesson.masks[0, :, -1].max() == 0.0
+    draw = lesson.draw(4, torch.Generator().manual_seed(0))
+    alphas = lesson.noise.alphas_cumprod[draw.timesteps][:, None, None, None]
+    if prediction_type == "epsilon":
+        clean = (draw.noisy - (1 - alphas).sqrt() * draw.target) / alphas.sqrt()
+    else:
+        clean = alphas.sqrt() * draw.noisy - (1 - alphas).sqrt() * draw.target
+    distance = (clean[:, None] - lesson.latents[None]).abs().amax(dim=(2, 3, 4)).amin(dim=1)
+    assert distance.max() < 1e-2
+    prediction = torch.randn(draw.target.shape)
+    loop = sum(
+        float(((draw.mask[b, 0] * prediction[b, c] - draw.mask[b, 0] * draw.target[b, c]) ** 2).sum())
+        for b in range(4)
+        for c in range(4)
+    )
+    assert float(masked_loss(prediction, draw)) == pytest.approx(loop / prediction.numel(), rel=1e-4)
+
+
+def test_masks_found_by_attention(pipe, photos):
+    lesson = prepare_lesson(pipe, load_photos(photos), "teddy bear", "ted", masked=False)
+    masks = attention_masks(lesson, pipe.unet)
+    assert masks.shape == (6, 8, 8)
+    assert masks.min() >= 0
+    assert torch.allclose(masks.amax(dim=(1, 2)), torch.ones(6))
+    assert len(lesson.texts.states) == len(TEMPLATES)
+    assert all(len(m[0].positions) == 2 for m in lesson.texts.mentions)
+
+
+def test_bad_settings(pipe, photos):
+    for change, message in (({"steps": 0}, "steps is 0"), ({"batch": -1}, "batch is -1"), ({"learning_rate": 0.0}, "learning_rate is 0.0")):
+        with pytest.raises(InfusionError, match=message):
+            LearnConfig(**change)
+    with pytest.raises(InfusionError, match="is no concept name"):
+        infusion.learn(pipe, photos, "dog", "my dog")
+    pipe.scheduler = DDIMScheduler(prediction_type="sample")
+    with pytest.raises(InfusionError, match="predicts 'sample'"):
+        infusion.learn(pipe, photos, "dog", "milo")
+
+
+def test_full_finetune_equals_a_plain_loop(pipe, photos):
+    lesson = prepare_lesson(pipe, load_photos(photos), "dog", "milo", masked=False)
+    config = FinetuneConfig(steps=3, batch=2, learning_rate=1e-3)
+    unet = copy.deepcopy(pipe.unet)
+    optimizer = torch.optim.AdamW(unet.parameters(), 1e-3, weight_decay=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        draw = lesson.draw(2, generator)
+        loss = (unet(draw.noisy, draw.timesteps, draw.kwargs["encoder_hidden_states"]).sample - draw.target).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+    before = latents(pipe, "a dog")
+    *_, state = finetuning(pipe, lesson, config)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(unet.parameters(), state.unet.parameters(), strict=True))
+    assert torch.equal(latents(pipe, "a dog"), before)
+    assert (latents(with_unet(pipe, state.unet), "a dog") - before).abs().max() > 1e-4
