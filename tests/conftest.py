@@ -82,7 +82,9 @@ def pipe(_shared_pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
     return copy.deepcopy(_shared_pipe)
 
 
-def random_concept(unet: torch.nn.Module, name: str = "milo", word: str = "dog", seed: int = 0, scale: float = 1.0) -> Concept:
+def random_concept(
+    unet: torch.nn.Module, name: str = "milo", word: str = "dog", seed: int = 0, scale: float = 1.0
+) -> Concept:
     """A concept with random residuals in every layer."""
     generator = torch.Generator().manual_seed(seed)
     return Concept(name, word, {p: scale * torch.randn(n, generator=generator) for p, n in value_lengths(unet).items()})

@@ -34,7 +34,9 @@ class _Explicit:
         return attn.to_out[0](out)
 
 
-def naive_prediction(unet, sample: Tensor, timestep, states: Tensor, plan: Plan, residuals: dict, two_streams: bool = True) -> Tensor:
+def naive_prediction(
+    unet, sample: Tensor, timestep, states: Tensor, plan: Plan, residuals: dict, two_streams: bool = True
+) -> Tensor:
     """The customized noise prediction of rows that follow `plan` (conditional rows only)."""
     layers = cross_attention_layers(unet)
     stock = dict(unet.attn_processors)

@@ -16,7 +16,9 @@ RESIDUALS = {"down.attn2": torch.tensor([0.1, -2.0, 3e-8]), "up.attn2": torch.ra
 
 @pytest.fixture
 def path(tmp_path):
-    return Concept("milo", "teddy bear", RESIDUALS, {"steps": 3, "learning_rate": 0.02}).save(tmp_path / "milo.safetensors")
+    return Concept("milo", "teddy bear", RESIDUALS, {"steps": 3, "learning_rate": 0.02}).save(
+        tmp_path / "milo.safetensors"
+    )
 
 
 def test_saved_equals_loaded(path, tmp_path):

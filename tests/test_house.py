@@ -22,7 +22,21 @@ ORDER = (
     ("demo",),
     ("cli",),
 )
-WORLD = ("vocabulary", "subjects", "backgrounds", "styles", "scenes", "captions", "tokenizer", "dataset", "models", "grounding", "autoencoder", "pretrain")
+WORLD = (
+    "vocabulary",
+    "subjects",
+    "backgrounds",
+    "styles",
+    "scenes",
+    "captions",
+    "tokenizer",
+    "dataset",
+    "models",
+    "grounding",
+    "autoencoder",
+    "release",
+    "pretrain",
+)
 
 
 def imports_of(path: Path) -> set[str]:

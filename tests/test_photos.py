@@ -61,5 +61,5 @@ def test_errors(tmp_path):
     with pytest.raises(InfusionError, match="No photos"):
         load_photos([])
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n nonsense")
-    with pytest.raises(InfusionError, match="a.png' cannot be read as a picture"):
+    with pytest.raises(InfusionError, match=r"a\.png' cannot be read as a picture"):
         load_photos(tmp_path)

@@ -55,7 +55,9 @@ def test_two_dogs_of_one_text_are_told_apart(pipe, milo, rex):
     alone = []
     with infusion.attach(pipe, milo, rex):
         for i, prompt in enumerate(prompts):
-            alone.append(latents(pipe, prompt, negative_prompt="a dog on the beach", generator=torch.Generator().manual_seed(i)))
+            alone.append(
+                latents(pipe, prompt, negative_prompt="a dog on the beach", generator=torch.Generator().manual_seed(i))
+            )
         together = latents(pipe, prompts, negative_prompt=["a dog on the beach"] * 3)
     assert (torch.cat(alone) - together).abs().max() < 1e-4 * together.abs().max()
     assert (together[0] - together[1]).abs().max() > 1e-2
@@ -95,7 +97,11 @@ def test_guidance_switched_off_in_a_callback(pipe, milo):
             pipe._guidance_scale = 0.0
         return kwargs
 
-    options = {"callback_on_step_end": off, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"], "num_inference_steps": 3}
+    options = {
+        "callback_on_step_end": off,
+        "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"],
+        "num_inference_steps": 3,
+    }
     before = latents(pipe, "a dog", **options)
     with infusion.attach(pipe, milo):
         after = latents(pipe, "a <milo>", **options)
@@ -108,7 +114,9 @@ def test_siblings_made_before_and_inside(pipe, milo):
     image = torch.rand(1, 3, 16, 16)
 
     def draw(sibling, prompt):
-        return sibling(prompt, image=image, num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="latent").images
+        return sibling(
+            prompt, image=image, num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="latent"
+        ).images
 
     earlier = StableDiffusionImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.float32)
     with infusion.attach(pipe, milo):
@@ -147,8 +155,9 @@ def test_nothing_is_left_after_an_error(pipe, milo):
     def fail(*args):
         raise RuntimeError("stopped by the user")
 
-    with pytest.raises(RuntimeError, match="stopped by the user"), infusion.attach(pipe, milo):
-        assert hooks() > 0
+    attachment = infusion.attach(pipe, milo)
+    assert hooks() > 0
+    with pytest.raises(RuntimeError, match="stopped by the user"), attachment:
         latents(pipe, "a <milo>", callback_on_step_end=fail)
     assert hooks() == 0
     assert "encode_prompt" not in vars(pipe)

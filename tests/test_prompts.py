@@ -48,7 +48,9 @@ def test_repeated_words_keep_their_own_places(tokenizer):
     assert [m.positions for m in parsed.mentions] == [(4,)]
 
 
-@pytest.mark.parametrize(("tag", "strength"), [("<milo>", 1.0), ("<milo:0.7>", 0.7), ("<milo:-2>", -2.0), ("<milo:1e-3>", 1e-3)])
+@pytest.mark.parametrize(
+    ("tag", "strength"), [("<milo>", 1.0), ("<milo:0.7>", 0.7), ("<milo:-2>", -2.0), ("<milo:1e-3>", 1e-3)]
+)
 def test_strength(tokenizer, tag, strength):
     assert parse(f"a {tag} here", WORDS, tokenizer).mentions[0].strength == strength
 

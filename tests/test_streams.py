@@ -27,7 +27,11 @@ def call():
 ROWS = {
     "one of three rows": ((), (Mention("milo", 1.0, (3,)),), ()),
     "a word of two tokens, a strength": ((Mention("milo", 0.5, (2, 3)),), (), (Mention("milo", -1.5, (7,)),)),
-    "two concepts in one row": ((Mention("milo", 1.0, (2,)), Mention("rex", 0.7, (5, 6))), (Mention("rex", 1.0, (4,)),), ()),
+    "two concepts in one row": (
+        (Mention("milo", 1.0, (2,)), Mention("rex", 0.7, (5, 6))),
+        (Mention("rex", 1.0, (4,)),),
+        (),
+    ),
     "a concept twice in one row": ((), (), (Mention("milo", 1.0, (1,)), Mention("milo", 2.0, (8,)))),
 }
 

@@ -40,7 +40,9 @@ def fixed_loss(pipe, lesson, concept, two_streams=True) -> float:
 @pytest.mark.parametrize("two_streams", [True, False])
 def test_learning_lowers_the_loss(pipe, photos, two_streams):
     lesson = prepare_lesson(pipe, load_photos(photos), "dog", "milo")
-    concept = infusion.learn(pipe, lesson, "dog", "milo", LearnConfig(steps=25, batch=8, learning_rate=1.0, two_streams=two_streams))
+    concept = infusion.learn(
+        pipe, lesson, "dog", "milo", LearnConfig(steps=25, batch=8, learning_rate=1.0, two_streams=two_streams)
+    )
     empty = infusion.Concept("milo", "dog", {p: torch.zeros(n) for p, n in value_lengths(pipe.unet).items()})
     assert fixed_loss(pipe, lesson, concept, two_streams) < 0.98 * fixed_loss(pipe, lesson, empty, two_streams)
 
@@ -114,7 +116,11 @@ def test_masks_found_by_attention(pipe, photos):
 
 
 def test_bad_settings(pipe, photos):
-    for change, message in (({"steps": 0}, "steps is 0"), ({"batch": -1}, "batch is -1"), ({"learning_rate": 0.0}, "learning_rate is 0.0")):
+    for change, message in (
+        ({"steps": 0}, "steps is 0"),
+        ({"batch": -1}, "batch is -1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+    ):
         with pytest.raises(InfusionError, match=message):
             LearnConfig(**change)
     with pytest.raises(InfusionError, match="is no concept name"):
@@ -132,7 +138,9 @@ def test_full_finetune_equals_a_plain_loop(pipe, photos):
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         draw = lesson.draw(2, generator)
-        loss = (unet(draw.noisy, draw.timesteps, draw.kwargs["encoder_hidden_states"]).sample - draw.target).pow(2).mean()
+        loss = (
+            (unet(draw.noisy, draw.timesteps, draw.kwargs["encoder_hidden_states"]).sample - draw.target).pow(2).mean()
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

@@ -1,9 +1,9 @@
 """Infusion: teach a text-to-image diffusion model one new thing without making it forget or repeat itself.
 
-    pipe = infusion.load_base()
-    milo = infusion.learn(pipe, "photos/milo", word="dog", name="milo")
-    with infusion.attach(pipe, milo):
-        pipe("a sketch of <milo> in the snow").images[0]
+pipe = infusion.load_base()
+milo = infusion.learn(pipe, "photos/milo", word="dog", name="milo")
+with infusion.attach(pipe, milo):
+    pipe("a sketch of <milo> in the snow").images[0]
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from infusion.pipelines import Attachment, attach
     from infusion.base import load_base
     from infusion.concept import Concept
     from infusion.errors import InfusionError
+    from infusion.pipelines import Attachment, attach
     from infusion.training import LearnConfig, LearnState, learn, learning
 
 __all__ = [

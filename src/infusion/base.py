@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from importlib import resources
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
-from transformers import CLIPTextModel
 
 from infusion.errors import InfusionError
 from infusion.streams import require_unet
@@ -37,29 +34,26 @@ def load_base(
     try:
         pipe = pipe.to(device, dtype)
     except (RuntimeError, AssertionError) as error:
-        raise InfusionError(f"The device {device!r} is not usable here ({str(error).splitlines()[0]}); use --device cpu.") from None
+        raise InfusionError(
+            f"The device {device!r} is not usable here ({str(error).splitlines()[0]}); use --device cpu."
+        ) from None
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def embedded_folder() -> Path:
-    """Where the embedded base's weights and model card lie."""
-    return Path(str(resources.files("infusion.world") / "weights"))
-
-
-def _load_embedded() -> StableDiffusionPipeline:
+def _load_embedded() -> DiffusionPipeline:
     from infusion.world.models import build_pipeline
+    from infusion.world.release import PARTS, read_weights
 
-    folder = embedded_folder()
-    if not (folder / "index.json").exists():
-        raise InfusionError("The embedded base's weights are missing from this installation; install the package again.")
     pipe = build_pipeline()
-    index = json.loads((folder / "index.json").read_text())
-    for part, files in index["files"].items():
-        network: AutoencoderKL | CLIPTextModel | UNet2DConditionModel = getattr(pipe, part)
-        state = {k: v.float() for name in files for k, v in load_file(folder / name).items()}
-        network.load_state_dict(state)
-        network.eval()
+    for part in PARTS:
+        try:
+            getattr(pipe, part).load_state_dict(read_weights(part))
+        except FileNotFoundError:
+            raise InfusionError(
+                "The embedded base's weights are missing from this installation; install the package again."
+            ) from None
+        getattr(pipe, part).eval()
     return pipe
 
 
@@ -69,13 +63,17 @@ def _load_other(base: str, dtype: torch.dtype) -> DiffusionPipeline:
         if path.is_file():
             return _load_single_file(path, dtype)
         if path.is_dir() and not (path / "model_index.json").exists():
-            raise InfusionError(f"{base!r} holds no diffusers pipeline (no model_index.json); give its top folder, or a .safetensors checkpoint.")
+            raise InfusionError(
+                f"{base!r} holds no diffusers pipeline (no model_index.json); give its top folder, or a .safetensors checkpoint."
+            )
         return DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, safety_checker=None)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, InfusionError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InfusionError(f"The base {base!r} cannot be loaded ({reason}); give a hub id, a diffusers folder, a .safetensors checkpoint, or 'embedded'.") from None
+        raise InfusionError(
+            f"The base {base!r} cannot be loaded ({reason}); give a hub id, a diffusers folder, a .safetensors checkpoint, or 'embedded'."
+        ) from None
 
 
 def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
@@ -95,7 +93,14 @@ def _best_device() -> str:
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
-    names = {"fp32": torch.float32, "float32": torch.float32, "fp16": torch.float16, "float16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+    names = {
+        "fp32": torch.float32,
+        "float32": torch.float32,
+        "fp16": torch.float16,
+        "float16": torch.float16,
+        "bf16": torch.bfloat16,
+        "bfloat16": torch.bfloat16,
+    }
     if dtype not in names:
         raise InfusionError(f"{dtype!r} is no dtype; use fp32, fp16 or bf16.")
     return names[dtype]

@@ -27,17 +27,23 @@ app = typer.Typer(
 )
 say = Console(stderr=True, highlight=False)
 
-Base = Annotated[str, typer.Option("--base", help="A hub id, a diffusers folder, a .safetensors checkpoint, or 'embedded'.")]
+Base = Annotated[
+    str, typer.Option("--base", help="A hub id, a diffusers folder, a .safetensors checkpoint, or 'embedded'.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is by default.")]
 DType = Annotated[str, typer.Option(help="fp32, fp16 or bf16.")]
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where pictures, concept and report go.")] = Path("outputs/demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where pictures, concept and report go.")] = Path(
+        "outputs/demo"
+    ),
 ) -> None:
     """Learn a subject on the embedded base and show what overfitting is, in one report."""
-    say.print("Infusion demo: four pictures of Milo, one concept, new scenes. About two to three minutes on two CPU cores.")
+    say.print(
+        "Infusion demo: four pictures of Milo, one concept, new scenes. About two to three minutes on two CPU cores."
+    )
     with _progress("Loading torch and the embedded base") as told:
         from infusion.demo import run
 
@@ -57,7 +63,9 @@ def train(
     learning_rate: Annotated[float | None, typer.Option("--lr", help="0.01 to 0.03 as a rule.")] = None,
     flip: Annotated[bool, typer.Option(help="Learn from mirror images too; --no-flip for asymmetric subjects.")] = True,
     mask: Annotated[bool, typer.Option(help="Count only the subject; --no-mask counts the whole picture.")] = True,
-    single_stream: Annotated[bool, typer.Option("--single-stream", help="The ablation without the foundational stream.")] = False,
+    single_stream: Annotated[
+        bool, typer.Option("--single-stream", help="The ablation without the foundational stream.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="The same seed on the same machine gives the same file.")] = 0,
     device: Device = None,
     dtype: DType = "fp32",
@@ -70,7 +78,11 @@ def train(
 
         given = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
         config = LearnConfig(
-            flip=flip, masked=mask, two_streams=not single_stream, seed=seed, **{k: v for k, v in given.items() if v is not None}
+            flip=flip,
+            masked=mask,
+            two_streams=not single_stream,
+            seed=seed,
+            **{k: v for k, v in given.items() if v is not None},
         )
         pictures = load_photos(photos)
         _writable(out)
@@ -89,7 +101,9 @@ def train(
     assert state is not None
     path = state.concept.save(out)
     stopped = state.step < state.steps
-    say.print(f"{'Stopped early; kept' if stopped else 'Learned'} <{name}> after {state.step} steps: {path}, {path.stat().st_size:,} bytes.")
+    say.print(
+        f"{'Stopped early; kept' if stopped else 'Learned'} <{name}> after {state.step} steps: {path}, {path.stat().st_size:,} bytes."
+    )
     say.print(f'Next: infusion generate --base {base} --concept {path} "a photo of <{name}> on the beach" -o pictures')
     if stopped:
         raise typer.Exit(130)
@@ -99,14 +113,18 @@ def train(
 def generate(
     prompts: Annotated[list[str], typer.Argument(help='What to draw: "a sketch of <milo> in the snow".')],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")],
-    concept: Annotated[list[Path] | None, typer.Option("--concept", help="A concept file; may be given several times.")] = None,
+    concept: Annotated[
+        list[Path] | None, typer.Option("--concept", help="A concept file; may be given several times.")
+    ] = None,
     base: Base = "embedded",
     count: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 6.0,
     negative: Annotated[str | None, typer.Option(help="What the pictures should not show.")] = None,
-    single_stream: Annotated[bool, typer.Option("--single-stream", help="The ablation without the foundational stream.")] = False,
+    single_stream: Annotated[
+        bool, typer.Option("--single-stream", help="The ablation without the foundational stream.")
+    ] = False,
     device: Device = None,
     dtype: DType = "fp32",
 ) -> None:
@@ -127,13 +145,26 @@ def generate(
         with attach(pipe, *concepts, two_streams=not single_stream) if concepts else contextlib.nullcontext():
             _refuse_unattached(prompts, concepts)
             pictures = draw(
-                pipe, texts, seeds, steps, guidance, negative_prompt=negative, on_step=lambda a, b: told("Drawing", a, b)
+                pipe,
+                texts,
+                seeds,
+                steps,
+                guidance,
+                negative_prompt=negative,
+                on_step=lambda a, b: told("Drawing", a, b),
             )
-        details = {"concepts": ", ".join(f"<{c.name}> = {c.word}" for c in concepts), "base": base, "steps": str(steps), "guidance_scale": str(guidance)}
+        details = {
+            "concepts": ", ".join(f"<{c.name}> = {c.word}" for c in concepts),
+            "base": base,
+            "steps": str(steps),
+            "guidance_scale": str(guidance),
+        }
         paths = save_pictures(pictures, out, details)
         square_grid([p.image for p in pictures]).save(out / "contact-sheet.png")
     if base == "embedded":
-        say.print("The embedded base knows only its own small world; for other pictures give --base a Stable Diffusion model.")
+        say.print(
+            "The embedded base knows only its own small world; for other pictures give --base a Stable Diffusion model."
+        )
     say.print(f"{len(paths)} pictures and contact-sheet.png in {out}.")
 
 
@@ -165,7 +196,16 @@ def _progress(first: str) -> Iterator[Any]:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     warnings.filterwarnings("ignore")
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=say, transient=False) as bar:
         tasks = {first: bar.add_task(first, total=1, note="")}
         if not say.is_terminal:
@@ -209,9 +249,13 @@ def _writable(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise InfusionError(f"{str(path.parent)!r} cannot be written ({error.strerror}); choose a folder that you may write to.") from None
+        raise InfusionError(
+            f"{str(path.parent)!r} cannot be written ({error.strerror}); choose a folder that you may write to."
+        ) from None
     if path.is_dir():
-        raise InfusionError(f"{str(path)!r} is a folder; give the name of a file, such as {str(path / 'milo.safetensors')!r}.")
+        raise InfusionError(
+            f"{str(path)!r} is a folder; give the name of a file, such as {str(path / 'milo.safetensors')!r}."
+        )
 
 
 def _known_word(base: str, word: str) -> None:
@@ -225,7 +269,9 @@ def _known_word(base: str, word: str) -> None:
     known = [w for words in CLASS_WORDS.values() for w in words]
     if word.lower() not in known:
         near = difflib.get_close_matches(word.lower(), known, n=3, cutoff=0.4) or known
-        raise InfusionError(f"The embedded base never saw a {word!r}; nearest are {', '.join(near)}. For other subjects give --base a Stable Diffusion model.")
+        raise InfusionError(
+            f"The embedded base never saw a {word!r}; nearest are {', '.join(near)}. For other subjects give --base a Stable Diffusion model."
+        )
 
 
 def _refuse_unattached(prompts: list[str], concepts: list[Any]) -> None:
@@ -235,7 +281,9 @@ def _refuse_unattached(prompts: list[str], concepts: list[Any]) -> None:
     if not concepts:
         for prompt in prompts:
             if tag := re.search(r"<[A-Za-z][A-Za-z0-9_-]*(:[^<>]*)?>", prompt):
-                raise InfusionError(f"The prompt names {tag[0]}, but no concept is loaded; give its file with --concept.")
+                raise InfusionError(
+                    f"The prompt names {tag[0]}, but no concept is loaded; give its file with --concept."
+                )
 
 
 if __name__ == "__main__":

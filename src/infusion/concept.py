@@ -72,13 +72,17 @@ class Concept:
         """Read a concept. Raises InfusionError for what is missing, unreadable, or no concept."""
         path = Path(path)
         if not path.is_file():
-            raise InfusionError(f"There is no concept file {str(path)!r}; give the path of a .safetensors file that `infusion train` wrote.")
+            raise InfusionError(
+                f"There is no concept file {str(path)!r}; give the path of a .safetensors file that `infusion train` wrote."
+            )
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 residuals = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except (SafetensorError, OSError) as error:
-            raise InfusionError(f"{str(path)!r} is damaged or no safetensors file ({error}); get a fresh copy of it.") from None
+            raise InfusionError(
+                f"{str(path)!r} is damaged or no safetensors file ({error}); get a fresh copy of it."
+            ) from None
         if metadata.get("format") != FORMAT:
             raise InfusionError(
                 f"{str(path)!r} is no Infusion concept of format {FORMAT} (it says {metadata.get('format')!r}); "
@@ -115,4 +119,6 @@ def _write_atomically(path: Path, content: bytes) -> None:
             os.unlink(temp)
             raise
     except OSError as error:
-        raise InfusionError(f"{str(path)!r} cannot be written ({error.strerror}); choose a folder that you may write to.") from None
+        raise InfusionError(
+            f"{str(path)!r} cannot be written ({error.strerror}); choose a folder that you may write to."
+        ) from None

@@ -65,7 +65,9 @@ class Compared:
     concept_path: Path
 
 
-def draw_photos(subject: Subject, folder: Path, count: int = 4, background: str = PHOTOS_BACKGROUND, seed: int = 1) -> Path:
+def draw_photos(
+    subject: Subject, folder: Path, count: int = 4, background: str = PHOTOS_BACKGROUND, seed: int = 1
+) -> Path:
     """The subject's photos, all in one background, style and place, as PNGs in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, scene in enumerate(few_modalities(subject, count, seed, background)):
@@ -105,14 +107,14 @@ def compare(
 
     plain = f"a {word}"
     concept = learned(f"Learning <{name}> with Infusion", config)
-    concept.save(concept_path)  # pyright: ignore[reportAttributeAccessIssue]
+    concept.save(concept_path)
     base = drawn("Drawing with the base model", pipe, plain)
-    with attach(pipe, concept):  # pyright: ignore[reportArgumentType]
+    with attach(pipe, concept):
         infusion = drawn(f"Drawing <{name}>", pipe, f"<{name}>")
     singles = None
     if single:
         alone = learned("Learning in a single stream", LearnConfig(**{**config.__dict__, "two_streams": False}))
-        with attach(pipe, alone, two_streams=False):  # pyright: ignore[reportArgumentType]
+        with attach(pipe, alone, two_streams=False):
             singles = drawn("Drawing in a single stream", pipe, f"<{name}>")
     label = "Fine-tuning a full copy, for comparison"
     start, state = time.monotonic(), None
@@ -132,7 +134,9 @@ def run(folder: Path, progress: Progress, config: LearnConfig | None = None) -> 
     config = config or LearnConfig()
     result = compare(pipe, photos, MILO.kind, NAME, folder / f"{NAME}.safetensors", progress, config=config)
     for label, pictures in (("base", result.base), ("infusion", result.infusion), ("finetune", result.finetune)):
-        save_pictures(pictures, _emptied(folder / label), {"method": label, "concept": NAME if label == "infusion" else ""})
+        save_pictures(
+            pictures, _emptied(folder / label), {"method": label, "concept": NAME if label == "infusion" else ""}
+        )
     return write_page(_page(result, config, time.monotonic() - start), folder / "report.html")
 
 
@@ -161,7 +165,7 @@ def _page(result: Compared, config: LearnConfig, seconds: float) -> Page:
             Grid(
                 "The photos, and the masks used",
                 f"All four show the subject in the {PHOTOS_BACKGROUND}, in the centre. The masks come from the base model's own attention "
-                f"to the word \"{result.lesson.word}\"; nobody drew them.",
+                f'to the word "{result.lesson.word}"; nobody drew them.',
                 [],
                 [
                     Row("Photos", "what was learned from", list(result.lesson.pictures)),
@@ -173,9 +177,21 @@ def _page(result: Compared, config: LearnConfig, seconds: float) -> Page:
                 "Every column is one prompt and one seed. The last two prompts do not name the subject at all.",
                 [p.format(f"<{NAME}>" if "{}" in p else "") for p in PROMPTS],
                 [
-                    Row("Base model", f"the plain word \"a {MILO.kind}\": some {MILO.kind}, not Milo", [p.image for p in result.base]),
-                    Row("Infusion", f"{size:,} bytes, {learned:.0f} s; base untouched", [p.image for p in result.infusion]),
-                    Row("Full fine-tune", f"a whole copy of the network, {tuned:.0f} s, same {samples:,} samples", [p.image for p in result.finetune]),
+                    Row(
+                        "Base model",
+                        f'the plain word "a {MILO.kind}": some {MILO.kind}, not Milo',
+                        [p.image for p in result.base],
+                    ),
+                    Row(
+                        "Infusion",
+                        f"{size:,} bytes, {learned:.0f} s; base untouched",
+                        [p.image for p in result.infusion],
+                    ),
+                    Row(
+                        "Full fine-tune",
+                        f"a whole copy of the network, {tuned:.0f} s, same {samples:,} samples",
+                        [p.image for p in result.finetune],
+                    ),
                 ],
                 highlight="Infusion",
             ),

@@ -56,7 +56,7 @@ def generate(
                 on_step(done + step + 1, len(parts) * steps)
             return kwargs
 
-        images = pipe(  # pyright: ignore[reportCallIssue]
+        images = pipe(
             prompt=part,
             negative_prompt=None if negative_prompt is None else [negative_prompt] * len(part),
             num_inference_steps=steps,
@@ -85,7 +85,9 @@ def save_pictures(pictures: Sequence[Picture], folder: Path, details: dict[str, 
             picture.image.save(paths[-1], pnginfo=info)
         return paths
     except OSError as error:
-        raise InfusionError(f"{str(folder)!r} cannot be written ({error.strerror}); choose a folder that you may write to.") from None
+        raise InfusionError(
+            f"{str(folder)!r} cannot be written ({error.strerror}); choose a folder that you may write to."
+        ) from None
 
 
 def slug(text: str) -> str:

@@ -89,11 +89,11 @@ class Lesson:
         photo, text_rows, timesteps = photo.to(device), text.to(device), timesteps.to(device)
         clean, noise = self.latents[photo], noise.to(device, dtype)
         velocity = self.noise.config["prediction_type"] == "v_prediction"
-        target = self.noise.get_velocity(clean, noise, timesteps) if velocity else noise  # pyright: ignore[reportArgumentType]
+        target = self.noise.get_velocity(clean, noise, timesteps) if velocity else noise
         states = self.texts.states[text_rows]
         extra = {k: v[text_rows] for k, v in self.texts.extra.items()}
         return Draw(
-            noisy=self.noise.add_noise(clean, noise, timesteps),  # pyright: ignore[reportArgumentType]
+            noisy=self.noise.add_noise(clean, noise, timesteps),
             target=target,
             timesteps=timesteps,
             mask=self.masks[photo][:, None],
@@ -178,7 +178,9 @@ def encode_pictures(pipe: DiffusionPipeline, pictures: Sequence[Image.Image], ba
 
 
 @torch.no_grad()
-def attention_masks(lesson: Lesson, unet: nn.Module, timesteps: Sequence[int] = (300, 450, 600), seed: int = 0) -> Tensor:
+def attention_masks(
+    lesson: Lesson, unet: nn.Module, timesteps: Sequence[int] = (300, 450, 600), seed: int = 0
+) -> Tensor:
     """Soft masks of the subject, found by the base's own attention to the class word: (n, g, g), largest value 1.
 
     Averaged over timesteps, captions, heads and the layers of 8x8 to 32x32, which show objects best.
@@ -190,7 +192,9 @@ def attention_masks(lesson: Lesson, unet: nn.Module, timesteps: Sequence[int] = 
     try:
         for i, t in enumerate(timesteps):
             noise = torch.randn(lesson.latents.shape, generator=generator)
-            draw = lesson.batch(torch.arange(n), torch.full((n,), i % len(lesson.texts.states)), torch.full((n,), t), noise)
+            draw = lesson.batch(
+                torch.arange(n), torch.full((n,), i % len(lesson.texts.states)), torch.full((n,), t), noise
+            )
             with streams.calls(draw.plan, "record"):
                 unet(draw.noisy, draw.timesteps, **draw.kwargs)
             total += word_maps(streams.recorded, draw.plan, total.shape[-1])
@@ -212,5 +216,7 @@ def word_maps(recorded: dict[str, tuple[Tensor, Tensor]], plan: Plan, side: int)
             heat = torch.einsum("bhnm,bm->bn", maps, word) / maps.shape[1]
             layers.append(F.interpolate(heat.view(-1, 1, grid, grid), (side, side), mode="bilinear")[:, 0])
     if not layers:
-        raise InfusionError("The base has no cross-attention between 8x8 and 32x32 to find masks with; give masks (<name>-mask.png).")
+        raise InfusionError(
+            "The base has no cross-attention between 8x8 and 32x32 to find masks with; give masks (<name>-mask.png)."
+        )
     return torch.stack(layers).mean(0)

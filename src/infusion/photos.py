@@ -41,7 +41,9 @@ def load_photos(source: str | Path | Sequence[Image.Image | Photo]) -> list[Phot
         raise InfusionError(f"There is no folder {str(folder)!r}; give a folder with 3 to 6 pictures of one subject.")
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.stem.endswith(MASK_SUFFIX))
     if not files:
-        raise InfusionError(f"There is no picture in {str(folder)!r}; put 3 to 6 pictures ({', '.join(SUFFIXES)}) of one subject there.")
+        raise InfusionError(
+            f"There is no picture in {str(folder)!r}; put 3 to 6 pictures ({', '.join(SUFFIXES)}) of one subject there."
+        )
     return [_load(path) for path in files]
 
 
@@ -65,7 +67,7 @@ def _with_alpha(image: Image.Image) -> Photo:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         alpha = rgba.getchannel("A")
-        if alpha.getextrema()[0] < 255:
+        if np.asarray(alpha).min() < 255:
             return Photo(rgba.convert("RGB"), alpha)
     return Photo(image.convert("RGB"))
 
@@ -83,4 +85,6 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
 
 def mask_to_tensor(mask: Image.Image, side: int) -> Tensor:
     """A mask -> (side, side) float32 in [0, 1], cropped as its photo is."""
-    return torch.from_numpy(np.asarray(ImageOps.fit(mask.convert("L"), (side, side), Image.Resampling.BOX), np.float32) / 255)
+    return torch.from_numpy(
+        np.asarray(ImageOps.fit(mask.convert("L"), (side, side), Image.Resampling.BOX), np.float32) / 255
+    )

@@ -11,7 +11,7 @@ import functools
 import gc
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -62,7 +62,9 @@ class Attachment:
                 f"Two concepts are named {twice[0]!r}; rename one, for example with dataclasses.replace(concept, name=...)."
             )
         if unknown := sorted(set(strength) - set(names)):
-            raise InfusionError(f"strength names {unknown[0]!r}, which is not attached here; attached: {', '.join(names)}.")
+            raise InfusionError(
+                f"strength names {unknown[0]!r}, which is not attached here; attached: {', '.join(names)}."
+            )
         self.concepts = {c.name: c for c in concepts}
         self.two_streams, self.strength = two_streams, dict(strength)
         self._session = _Session.of(unet)
@@ -83,7 +85,7 @@ class Attachment:
 class _Session:
     """Everything attached to one UNet."""
 
-    open: dict[int, _Session] = {}  # id of the UNet -> its session, as long as something is attached
+    open: ClassVar[dict[int, _Session]] = {}  # id of the UNet -> its session, as long as something is attached
 
     def __init__(self, unet: nn.Module) -> None:
         self.unet = unet

@@ -84,14 +84,14 @@ def refuse_in_negative(negative_prompt: str, words: Mapping[str, str]) -> None:
             )
 
 
-def _locate(text: str, spans: list[tuple[str, float, int, int]], tokenizer: PreTrainedTokenizerBase) -> tuple[Mention, ...]:
+def _locate(
+    text: str, spans: list[tuple[str, float, int, int]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Mention, ...]:
     encoded = tokenizer(text, return_offsets_mapping=True)
     limit = tokenizer.model_max_length
     mentions = []
     for name, strength, start, end in spans:
-        positions = tuple(
-            i for i, (a, b) in enumerate(encoded["offset_mapping"]) if b > a and a < end and b > start
-        )
+        positions = tuple(i for i, (a, b) in enumerate(encoded["offset_mapping"]) if b > a and a < end and b > start)
         # The last place of a full sequence belongs to the end token.
         if not positions or positions[-1] >= limit - 1:
             raise InfusionError(

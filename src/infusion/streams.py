@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
@@ -39,22 +39,28 @@ def cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
         if isinstance(module, Attention) and path.endswith("attn2") and module.is_cross_attention
     }
     if not layers:
-        raise InfusionError(f"{type(unet).__name__} has no cross-attention to the text; concepts need a base such as Stable Diffusion 1.5, 2.1 or SDXL.")
+        raise InfusionError(
+            f"{type(unet).__name__} has no cross-attention to the text; concepts need a base such as Stable Diffusion 1.5, 2.1 or SDXL."
+        )
     if any(getattr(module, "fused_projections", False) for module in layers.values()):
-        raise InfusionError("The UNet's projections are fused; call pipe.unet.unfuse_qkv_projections() before attaching concepts.")
+        raise InfusionError(
+            "The UNet's projections are fused; call pipe.unet.unfuse_qkv_projections() before attaching concepts."
+        )
     return layers
 
 
 def value_lengths(unet: nn.Module) -> dict[str, int]:
     """Length of the residual of each cross-attention layer: heads x head_dim."""
-    return {path: int(m.to_v.out_features) for path, m in cross_attention_layers(unet).items()}  # pyright: ignore[reportArgumentType]
+    return {path: int(m.to_v.out_features) for path, m in cross_attention_layers(unet).items()}
 
 
-def require_unet(pipe: DiffusionPipeline) -> nn.Module:
+def require_unet(pipe: DiffusionPipeline) -> UNet2DConditionModel:
     """The pipeline's UNet. Raises InfusionError for pipelines of another kind."""
     unet = getattr(pipe, "unet", None)
     if unet is None:
-        raise InfusionError(f"{type(pipe).__name__} has no UNet; Infusion works with Stable Diffusion 1.x, 2.x and SDXL, not yet with transformer bases.")
+        raise InfusionError(
+            f"{type(pipe).__name__} has no UNet; Infusion works with Stable Diffusion 1.x, 2.x and SDXL, not yet with transformer bases."
+        )
     return unet
 
 
@@ -136,7 +142,7 @@ class Streams:
         if call is None or self.mode != "joint" or not self.two_streams:
             return None
         rows = call.rows
-        bound.arguments = {k: _append_rows(v, rows, batch) for k, v in bound.arguments.items()}  # pyright: ignore[reportAttributeAccessIssue]
+        bound.arguments = {k: _append_rows(v, rows, batch) for k, v in bound.arguments.items()}
         return bound.args, bound.kwargs
 
     def _end(self, unet: nn.Module, args: tuple, output: Any) -> Any:
@@ -198,7 +204,9 @@ class Streams:
         if not any(chunks):
             return None
         if len(chunks) > 2:
-            raise InfusionError(f"The UNet was called with {batch} rows for {n} pictures; concepts know guidance on (2 rows a picture) and off (1 row), so switch off perturbed-attention or other added guidance.")
+            raise InfusionError(
+                f"The UNet was called with {batch} rows for {n} pictures; concepts know guidance on (2 rows a picture) and off (1 row), so switch off perturbed-attention or other added guidance."
+            )
         if not chunks[-1]:
             return None
         offset = batch - n
@@ -225,7 +233,9 @@ class Streams:
             place = {r: i for i, r in enumerate([*plain, *range(batch, batch + len(rows))])}
             foundation = {r: place[batch + c] for c, r in enumerate(call.rows.tolist())}
             call.keep = torch.tensor(list(place), device=device)
-            call.origin = torch.tensor([foundation.get(r, place.get(r, 0)) for r in range(batch + len(rows))], device=device)
+            call.origin = torch.tensor(
+                [foundation.get(r, place.get(r, 0)) for r in range(batch + len(rows))], device=device
+            )
             call.source = torch.tensor(list(foundation.values()), device=device)
         return call
 
@@ -252,7 +262,7 @@ def _maps(layer: Attention, hidden: Tensor, text: Tensor) -> Tensor:
 
 def _project(layer: Attention, delta: Tensor) -> Tensor:
     """The output projection without its bias, whatever wraps it (a LoRA): it is affine."""
-    to_out: Callable[[Tensor], Tensor] = layer.to_out[0]  # pyright: ignore[reportAssignmentType]
+    to_out: Callable[[Tensor], Tensor] = layer.to_out[0]
     zero = to_out(delta.new_zeros(1, 1, delta.shape[-1]))
     return (to_out(delta) - zero) / layer.rescale_output_factor
 

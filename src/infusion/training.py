@@ -49,7 +49,9 @@ class LearnConfig:
             if getattr(self, field) < 1:
                 raise InfusionError(f"{field} is {getattr(self, field)}; it must be at least 1.")
         if not 0 < self.learning_rate < 10:
-            raise InfusionError(f"learning_rate is {self.learning_rate}; it must lie between 0 and 10, usually 0.01 to 0.03.")
+            raise InfusionError(
+                f"learning_rate is {self.learning_rate}; it must lie between 0 and 10, usually 0.01 to 0.03."
+            )
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,10 @@ def learning(
     config = config or LearnConfig()
     unet = require_unet(pipe)
     Concept(name, word, {})  # names are checked before any work
-    lesson = photos if isinstance(photos, Lesson) else prepare_lesson(
-        pipe, load_photos(photos), word, name, flip=config.flip, masked=config.masked
+    lesson = (
+        photos
+        if isinstance(photos, Lesson)
+        else prepare_lesson(pipe, load_photos(photos), word, name, flip=config.flip, masked=config.masked)
     )
     residuals = {
         path: torch.zeros(length, device=unet.device, requires_grad=True)
@@ -87,7 +91,9 @@ def learning(
         if not config.layers or any(part in path for part in config.layers)
     }
     if not residuals:
-        raise InfusionError(f"No cross-attention layer matches {', '.join(config.layers)}; give parts of module paths such as 'up_blocks'.")
+        raise InfusionError(
+            f"No cross-attention layer matches {', '.join(config.layers)}; give parts of module paths such as 'up_blocks'."
+        )
     optimizer = torch.optim.AdamW(residuals.values(), config.learning_rate)
     generator = torch.Generator().manual_seed(config.seed)
     frozen = [p for p in unet.parameters() if p.requires_grad]
@@ -121,11 +127,8 @@ def learn(
     config: LearnConfig | None = None,
 ) -> Concept:
     """Learn a concept from a few photos of one subject and return it. See `learning` for the arguments."""
-    state = None
-    for state in learning(pipe, photos, word, name, config):
-        pass
-    assert state is not None
-    return state.concept
+    *_, last = learning(pipe, photos, word, name, config)
+    return last.concept
 
 
 def predict(streams: Streams, draw: Draw) -> Tensor:

@@ -106,7 +106,13 @@ def test_few_modalities_confine_a_subject():
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
-    [("kind", "zebra", "'zebra' is no class"), ("color1", "mauve", "is no colour"), ("pattern", "paisley", "is no pattern"), ("accessory", "cane", "is no accessory"), ("shape", (2.0,) * 4, "numbers in")],
+    [
+        ("kind", "zebra", "'zebra' is no class"),
+        ("color1", "mauve", "is no colour"),
+        ("pattern", "paisley", "is no pattern"),
+        ("accessory", "cane", "is no accessory"),
+        ("shape", (2.0,) * 4, "numbers in"),
+    ],
 )
 def test_what_the_world_does_not_have(field, value, message):
     with pytest.raises(ValueError, match=message):

@@ -39,7 +39,9 @@ class FinetuneState:
     unet: nn.Module
 
 
-def finetuning(pipe: DiffusionPipeline, lesson: Lesson, config: FinetuneConfig | None = None) -> Iterator[FinetuneState]:
+def finetuning(
+    pipe: DiffusionPipeline, lesson: Lesson, config: FinetuneConfig | None = None
+) -> Iterator[FinetuneState]:
     """Train a copy of the pipeline's UNet, yielding after every step; `pipe` itself stays as it is."""
     config = config or FinetuneConfig()
     unet = copy.deepcopy(require_unet(pipe)).requires_grad_(True).train()

@@ -47,14 +47,21 @@ class Page:
 
 def write_page(page: Page, path: Path) -> Path:
     """Write the page as one HTML file and return its path. Raises InfusionError where it cannot be written."""
-    environment = Environment(loader=PackageLoader("infusion.report", "."), autoescape=select_autoescape(["j2"]), trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("infusion.report", "."),
+        autoescape=select_autoescape(["j2"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters["inline"] = inline
     html = environment.get_template("page.html.j2").render(page=page)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(html, encoding="utf-8")
     except OSError as error:
-        raise InfusionError(f"{str(path)!r} cannot be written ({error.strerror}); choose a folder that you may write to.") from None
+        raise InfusionError(
+            f"{str(path)!r} cannot be written ({error.strerror}); choose a folder that you may write to."
+        ) from None
     return path
 
 

@@ -40,7 +40,7 @@ def train_autoencoder(
 ) -> Iterator[tuple[int, float, AutoencoderKL]]:
     """Train, yielding (step, mean squared error, model); resumes from `folder` after a kill."""
     torch.manual_seed(config.seed)
-    model = build_autoencoder().to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model = build_autoencoder().to(accelerator.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
     checkpoint, first = folder / "autoencoder.pt", 0
     if checkpoint.exists():
@@ -53,7 +53,9 @@ def train_autoencoder(
         rng = np.random.default_rng((config.seed, step))
         batch = _batch(data, rng, config, whole=step >= whole_from).to(accelerator.device)
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (step + 1) / config.warmup, (config.steps - step) / (0.7 * config.steps))
+            group["lr"] = config.learning_rate * min(
+                1.0, (step + 1) / config.warmup, (config.steps - step) / (0.7 * config.steps)
+            )
         with accelerator.autocast():
             posterior = model.encode(batch).latent_dist
             decoded = model.decode(posterior.sample()).sample
@@ -91,16 +93,14 @@ def standardize(model: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     Afterwards latents have mean 0 and variance 1 per channel, so that `scaling_factor` is 1 and no
     channel drowns another in the denoising loss. Returns the latents, moved along.
     """
-    assert model.quant_conv is not None and model.post_quant_conv is not None
     mean = latents.float().mean(dim=(0, 2, 3)).to(model.device)
     std = latents.float().std(dim=(0, 2, 3)).to(model.device)
     c = len(mean)
     quant, post = model.quant_conv, model.post_quant_conv
-    assert quant.bias is not None and post.bias is not None
     quant.weight[:c] /= std[:, None, None, None]
     quant.bias[:c] = (quant.bias[:c] - mean) / std
     quant.bias[c:] -= 2 * std.log()  # the second half is log variance
-    post.bias += torch.einsum("oi,i->o", post.weight[:, :, 0, 0], mean)
+    post.bias.add_(post.weight[:, :, 0, 0] @ mean)
     post.weight *= std[None, :, None, None]
     mean, std = mean.cpu()[:, None, None], std.cpu()[:, None, None]
     return ((latents.float() - mean) / std).half()

@@ -63,7 +63,9 @@ def _forest(rng: np.random.Generator, side: int) -> Image.Image:
         for i in range(3):
             y = top + (h - top) * 0.24 * i
             green = (24 + shade, 92 + shade, 48 + shade)
-            draw.polygon([(x - w * (0.6 + 0.2 * i), y + side * 0.17), (x, y), (x + w * (0.6 + 0.2 * i), y + side * 0.17)], green)
+            draw.polygon(
+                [(x - w * (0.6 + 0.2 * i), y + side * 0.17), (x, y), (x + w * (0.6 + 0.2 * i), y + side * 0.17)], green
+            )
     return image
 
 
@@ -97,7 +99,9 @@ def _desert(rng: np.random.Generator, side: int) -> Image.Image:
         for s in (-1, 1):
             ax, y = x + s * side * 0.06, h - tall * rng.uniform(0.4, 0.6)
             draw.rectangle((min(x, ax), y, max(x, ax), y + w * 1.3), fill=(56, 128, 66))
-            draw.rounded_rectangle((ax - w * 0.7, y - tall * 0.3, ax + w * 0.7, y + w * 1.3), w * 0.6, fill=(56, 128, 66))
+            draw.rounded_rectangle(
+                (ax - w * 0.7, y - tall * 0.3, ax + w * 0.7, y + w * 1.3), w * 0.6, fill=(56, 128, 66)
+            )
     return image
 
 

@@ -36,14 +36,16 @@ def caption(scene: Scene, rng: np.random.Generator) -> Caption:
     if len(scene.subjects) > 1:
         detail = min(detail, 0.7)
 
-    phrases = [_subject_phrase(p, detail / len(scene.subjects) ** 0.5, len(scene.subjects), rng) for p in scene.subjects]
+    phrases = [
+        _subject_phrase(p, detail / len(scene.subjects) ** 0.5, len(scene.subjects), rng) for p in scene.subjects
+    ]
     order = rng.permutation(len(phrases))
     joiner = str(rng.choice((" and ", " next to ", " and "), p=(0.5, 0.25, 0.25)))
     text, spans = "", [None] * len(phrases)
     for i, j in enumerate(order):
         text += joiner if i else ""
         phrase, (start, end) = phrases[j]
-        spans[j] = (len(text) + start, len(text) + end)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        spans[j] = (len(text) + start, len(text) + end)
         text += phrase
 
     style_named = scene.style != "photo" or rng.random() < 0.4

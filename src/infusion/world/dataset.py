@@ -66,7 +66,11 @@ def build_dataset(folder: Path, count: int, seed: int = 0, workers: int | None =
     }
     starts = range(0, count, _CHUNK)
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        for start, chunk in zip(starts, pool.map(_draw_chunk, *zip(*((seed, s, min(_CHUNK, count - s)) for s in starts), strict=True)), strict=True):
+        for start, chunk in zip(
+            starts,
+            pool.map(_draw_chunk, *zip(*((seed, s, min(_CHUNK, count - s)) for s in starts), strict=True)),
+            strict=True,
+        ):
             for name, values in chunk.items():
                 arrays[name][start : start + len(values)] = values
             yield start + len(chunk["pixels"])
@@ -99,7 +103,7 @@ _LAYOUT = {
 
 
 @cache
-def _tokenizer():  # noqa: ANN202 - transformers gives the class no stable type
+def _tokenizer():
     return build_tokenizer()
 
 

@@ -40,7 +40,9 @@ class ExplicitProcessor:
         temb: Tensor | None = None,
     ) -> Tensor:
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (split_heads(x, attn.heads) for x in (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)))
+        query, key, value = (
+            split_heads(x, attn.heads) for x in (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
+        )
         maps = attention_maps(query, key, attn.scale)
         if self.records is not None:
             self.records.append(maps)
@@ -59,7 +61,7 @@ def recorded_maps(unet: UNet2DConditionModel, sides: tuple[int, ...] = SIDES) ->
     def recorded(name: str) -> bool:
         return ".attn2." in name and latent_side // _downsampling(name, unet) in sides
 
-    unet.set_attn_processor({n: ExplicitProcessor(records if recorded(n) else None) for n in processors})  # pyright: ignore[reportArgumentType]
+    unet.set_attn_processor({n: ExplicitProcessor(records if recorded(n) else None) for n in processors})
     try:
         yield records
     finally:

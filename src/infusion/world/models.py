@@ -99,8 +99,8 @@ def build_pipeline(
         tokenizer=tokenizer,
         unet=unet or build_unet(),
         scheduler=build_scheduler(),
-        safety_checker=None,  # pyright: ignore[reportArgumentType]
-        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
     )
     return pipe

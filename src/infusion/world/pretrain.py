@@ -3,7 +3,7 @@
 Four stages, each resumed where it stopped: draw the training set, train the autoencoder, encode the
 set once, train text encoder and UNet together. `--minutes` ends the last stage by the clock, with
 the learning rate brought to zero by then. `--from-weights` goes on from the shipped weights alone
-(fresh optimizer, warm-up). `export` writes weights for shipping.
+(fresh optimizer, warm-up) in a new folder. `infusion.world.release` ships the result.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, psnr, 
 from infusion.world.dataset import CAPTIONS_PER_SCENE, GRID, Dataset, build_dataset, load_dataset
 from infusion.world.grounding import MapGate, grounding_loss, map_gate, mean_heat, recorded_maps
 from infusion.world.models import build_autoencoder, build_scheduler, build_text_encoder, build_unet
+from infusion.world.release import read_weights
 from infusion.world.tokenizer import build_tokenizer
 
-BASE_FILES = "base.pt"
+CHECKPOINT = "base.pt"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class PretrainConfig:
     grounding_weight: float = 0.1
     ema: float = 0.999
     seed: int = 0
-    compile: bool = False
+    from_weights: bool = False
     save_every: int = 500
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
 
@@ -74,7 +75,9 @@ class Batch:
     masks: Tensor
 
 
-def sample_batch(latents: Tensor, data: Dataset, rows: np.ndarray, rng: np.random.Generator, dropout: float = 0.0) -> Batch:
+def sample_batch(
+    latents: Tensor, data: Dataset, rows: np.ndarray, rng: np.random.Generator, dropout: float = 0.0
+) -> Batch:
     """The scenes `rows`, each with one of its captions; captions are dropped (empty) with `dropout`."""
     which = rng.integers(CAPTIONS_PER_SCENE, size=len(rows))
     ids = torch.from_numpy(data.ids[rows, which].astype(np.int64))
@@ -102,8 +105,8 @@ def train_base(
     """
     set_seed(config.seed)
     device = accelerator.device
-    unet.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    text_encoder.to(device)  # pyright: ignore[reportArgumentType]
+    unet.to(device, memory_format=torch.channels_last)
+    text_encoder.to(device)
     networks = torch.nn.ModuleDict({"unet": unet, "text": text_encoder})
     decayed = [p for p in networks.parameters() if p.ndim >= 2]
     plain = [p for p in networks.parameters() if p.ndim < 2]
@@ -114,7 +117,7 @@ def train_base(
     )
     ema = EMAModel(networks.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75)
     step, spent = 0, 0.0
-    checkpoint = folder / BASE_FILES
+    checkpoint = folder / CHECKPOINT
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         networks.load_state_dict(state["networks"])
@@ -123,7 +126,6 @@ def train_base(
         step, spent = state["step"], state["seconds"]
     alphas = build_scheduler().alphas_cumprod.to(device)
     limit = config.minutes * 60
-    forward = torch.compile(unet) if config.compile else unet
     last = time.monotonic()
 
     def save() -> None:
@@ -153,7 +155,7 @@ def train_base(
             noisy, target = a * clean + s * noise, a * noise - s * clean
             with accelerator.autocast():
                 states = text_encoder(ids).last_hidden_state
-                predicted = forward(noisy.contiguous(memory_format=torch.channels_last), timesteps, states).sample
+                predicted = unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, states).sample
             denoising = (predicted.float() - target).square().mean()
             grounding = grounding_loss(records, batch.words.to(device), batch.masks.to(device))
             records.clear()
@@ -216,22 +218,40 @@ def prepare(folder: Path, config: PretrainConfig, accelerator: Accelerator) -> t
     data = load_dataset(folder / "data")
     encoded = folder / "latents.pt"
     if not encoded.exists():
-        model: AutoencoderKL | None = None
-        for step, mse, model in train_autoencoder(data, folder, config.autoencoder, accelerator):
-            if step % 250 == 0:
-                model.eval()
-                _log(folder, stage="autoencoder", step=step, mse=mse, psnr=psnr(model, data.pixels[-64:]))
-                model.train()
-        assert model is not None
-        model.eval()
-        latents = standardize(model, encode_dataset(model, data))
+        model = (
+            _shipped_autoencoder(accelerator)
+            if config.from_weights
+            else _trained_autoencoder(folder, data, config, accelerator)
+        )
+        latents = encode_dataset(model, data)
+        if not config.from_weights:
+            latents = standardize(model, latents)
         torch.save({"latents": latents, "autoencoder": model.state_dict()}, encoded.with_suffix(".tmp"))
         encoded.with_suffix(".tmp").replace(encoded)
     state = torch.load(encoded, weights_only=True)
 
     autoencoder = build_autoencoder()
     autoencoder.load_state_dict(state["autoencoder"])
-    return autoencoder.eval().to(accelerator.device), state["latents"], data  # pyright: ignore[reportArgumentType]
+    return autoencoder.eval().to(accelerator.device), state["latents"], data
+
+
+def _trained_autoencoder(
+    folder: Path, data: Dataset, config: PretrainConfig, accelerator: Accelerator
+) -> AutoencoderKL:
+    model = None
+    for step, mse, model in train_autoencoder(data, folder, config.autoencoder, accelerator):
+        if step % 250 == 0:
+            model.eval()
+            _log(folder, stage="autoencoder", step=step, mse=mse, psnr=psnr(model, data.pixels[-64:]))
+            model.train()
+    assert model is not None
+    return model.eval()
+
+
+def _shipped_autoencoder(accelerator: Accelerator) -> AutoencoderKL:
+    model = build_autoencoder()
+    model.load_state_dict(read_weights("vae"))
+    return model.eval().to(accelerator.device)
 
 
 def _log(folder: Path, **values: object) -> None:
@@ -249,7 +269,7 @@ def main() -> None:
         default = getattr(PretrainConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     parser.add_argument("--autoencoder-steps", type=int, default=AutoencoderConfig().steps)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet (gradients agree with eager)")
+    parser.add_argument("--from-weights", action="store_true", help="go on from the shipped weights alone")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     options = {k: v for k, v in vars(args).items() if k not in ("folder", "autoencoder_steps")}
@@ -257,16 +277,29 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision="bf16")
     _log(args.folder, stage="start", device=str(accelerator.device), **asdict(config))
 
-    _, latents, data = prepare(args.folder, config, accelerator)
+    autoencoder, latents, data = prepare(args.folder, config, accelerator)
     unet, text_encoder = build_unet(), build_text_encoder(build_tokenizer())
+    if config.from_weights:
+        unet.load_state_dict(read_weights("unet"))
+        text_encoder.load_state_dict(read_weights("text_encoder"))
     sums = np.zeros(3)
     for p in train_base(text_encoder, unet, latents, data, args.folder, config, accelerator):
         sums += (1, p.denoising, p.grounding)
         if p.step % 100 == 0:
             _, denoising, grounding = sums / sums[0]
             sums[:] = 0
-            _log(args.folder, stage="base", step=p.step, seen=p.seen, seconds=round(p.seconds), denoising=round(denoising, 4), grounding=round(grounding, 4), lr=p.learning_rate)
-    torch.save({"unet": unet.state_dict(), "text": text_encoder.state_dict()}, args.folder / "final.pt")
+            _log(
+                args.folder,
+                stage="base",
+                step=p.step,
+                seen=p.seen,
+                seconds=round(p.seconds),
+                denoising=round(denoising, 4),
+                grounding=round(grounding, 4),
+                lr=p.learning_rate,
+            )
+    finished = {"vae": autoencoder, "text_encoder": text_encoder, "unet": unet}
+    torch.save({part: network.state_dict() for part, network in finished.items()}, args.folder / "final.pt")
     _log(args.folder, stage="done", **asdict(measure_maps(text_encoder, unet, latents, data)))
 
 

@@ -37,7 +37,7 @@ class Placed:
 
     @property
     def position(self) -> str:
-        """"left", "center" or "right": the third of the frame that holds the centre."""
+        """ "left", "center" or "right": the third of the frame that holds the centre."""
         return POSITIONS[min(2, int(self.x * 3))]
 
 
@@ -80,7 +80,11 @@ def render(scene: Scene) -> Rendered:
         alpha = np.asarray(full, np.float32) / 255
         alphas = [a * (1 - alpha) for a in alphas] + [alpha]
     pixels = apply_style(scene.style, np.asarray(canvas, np.float32) / 255, SIDE)
-    masks = np.stack(alphas).reshape(-1, SIDE, SUPER, SIDE, SUPER).mean(axis=(2, 4)) if alphas else np.zeros((0, SIDE, SIDE))
+    masks = (
+        np.stack(alphas).reshape(-1, SIDE, SUPER, SIDE, SUPER).mean(axis=(2, 4))
+        if alphas
+        else np.zeros((0, SIDE, SIDE))
+    )
     return Rendered(
         scene,
         np.round(pixels * 255).astype(np.uint8),
@@ -140,7 +144,9 @@ def place(subjects: list[Subject], rng: np.random.Generator) -> tuple[Placed, ..
     )
 
 
-def few_modalities(subject: Subject, count: int, seed: int, background: str, style: str = "photo", position: str = "center") -> list[Scene]:
+def few_modalities(
+    subject: Subject, count: int, seed: int, background: str, style: str = "photo", position: str = "center"
+) -> list[Scene]:
     """`count` scenes of one subject confined to one background, style and place, as users' photos are.
 
     Only small changes of pose and size remain between them.
@@ -170,7 +176,7 @@ def few_modalities(subject: Subject, count: int, seed: int, background: str, sty
 def with_subject(scene: Scene, index: int, **changes: object) -> Scene:
     """The scene with fields of the subject at `index` replaced: `with_subject(scene, 0, color1="red")`."""
     placed = scene.subjects[index]
-    new = replace(placed, subject=replace(placed.subject, **changes))  # pyright: ignore[reportArgumentType]
+    new = replace(placed, subject=replace(placed.subject, **changes))
     return replace(scene, subjects=(*scene.subjects[:index], new, *scene.subjects[index + 1 :]))
 
 

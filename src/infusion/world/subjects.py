@@ -104,9 +104,9 @@ class Pen:
         xy = self._xy(points)
 
         def paint(d: ImageDraw.ImageDraw, f: object, o: object, w: int) -> None:
-            d.polygon(xy, fill=f)  # pyright: ignore[reportArgumentType]
+            d.polygon(xy, fill=f)
             if w:
-                d.line([*xy, xy[0], xy[1]], fill=o, width=w, joint="curve")  # pyright: ignore[reportArgumentType]
+                d.line([*xy, xy[0], xy[1]], fill=o, width=w, joint="curve")
 
         self._fill(paint, fill, line)
 
