@@ -1,35 +1,257 @@
-"""The concept file: saved equals loaded, and bad files are refused in a sentence."""
+"""The concept file: size, saved equals loaded, every damage refused, bad files each with their own sentence."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import pickle
+import zipfile
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 
-from infusion.concept import Concept
-from infusion.errors import InfusionError
+import infusion
+from infusion.concept import BaseInfo, Concept
+from infusion.errors import InfusionError, InfusionWarning
+from infusion.packing import BLOCK, in_order, on_grid, pack, packed_size, unpack
+from tests.conftest import latents, random_concept
 
-RESIDUALS = {"down.attn2": torch.tensor([0.1, -2.0, 3e-8]), "up.attn2": torch.randn(5)}
+# Paths and value lengths of Stable Diffusion 1.5's cross-attention layers.
+SD15 = {
+    **{f"down_blocks.{b}.attentions.{a}.transformer_blocks.0.attn2": 320 * 2**b for b in range(3) for a in range(2)},
+    "mid_block.attentions.0.transformer_blocks.0.attn2": 1280,
+    **{
+        f"up_blocks.{b}.attentions.{a}.transformer_blocks.0.attn2": 1280 // 2 ** (b - 1)
+        for b in (1, 2, 3)
+        for a in range(3)
+    },
+}
+SETTINGS = {
+    "steps": 400,
+    "batch": 16,
+    "learning_rate": 0.01,
+    "flip": True,
+    "masked": True,
+    "two_streams": True,
+    "seed": 0,
+}
 
 
-@pytest.fixture
-def path(tmp_path):
-    return Concept("milo", "teddy bear", RESIDUALS, {"steps": 3, "learning_rate": 0.02}).save(
-        tmp_path / "milo.safetensors"
-    )
+def sd15_concept(seed: int = 0, name: str = "milo", word: str = "dog") -> Concept:
+    generator = torch.Generator().manual_seed(seed)
+    residuals = {p: torch.randn(n, generator=generator) for p, n in SD15.items()}
+    return Concept(name, word, residuals, SETTINGS, BaseInfo("stable-diffusion-v1", 512, "0123456789abcdef"))
 
 
-def test_saved_equals_loaded(path, tmp_path):
+def relative_error(a: dict, b: dict) -> float:
+    x, y = (torch.cat([r[p] for p in a]) for r in (a, b))
+    return float((x - y).norm() / x.norm())
+
+
+def test_an_sd15_concept_is_at_most_11264_bytes():
+    assert sum(SD15.values()) == 12_480
+    assert len(sd15_concept().to_bytes()) <= 11_264
+    assert len(sd15_concept(name="m" * 64, word="w" * 64).to_bytes()) <= 11_264
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_white_noise_keeps_95_percent(seed):
+    concept = sd15_concept(seed)
+    assert relative_error(concept.residuals, concept.on_grid().residuals) < 0.05
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-35, 1e-20, 1.0, 1e5])
+def test_the_grid_is_where_it_says(scale):
+    generator = torch.Generator().manual_seed(1)
+    values = {
+        "a.attn2": scale * torch.randn(70, generator=generator),
+        "b.attn2": scale * torch.rand(5, generator=generator),
+    }
+    once = on_grid(values)
+    twice = on_grid(once)
+    assert all(torch.equal(once[p], twice[p]) for p in values)
+    if scale > 1e-30:
+        assert relative_error(values, once) < 0.05
+    for p in values:
+        assert once[p].shape == values[p].shape
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 63, 64, 65, 130])
+@pytest.mark.parametrize("scheme", ["q6", "fp16", "fp32"])
+def test_packing_takes_what_it_says_and_equals_a_naive_loop(count, scheme):
+    values = np.random.default_rng(count).normal(size=count).astype(np.float32)
+    content = pack(values, scheme)
+    assert len(content) == packed_size(count, scheme)
+    unpacked = unpack(content, count, scheme)
+    if scheme == "fp32":
+        assert np.array_equal(unpacked, values)
+    elif scheme == "fp16":
+        assert np.array_equal(unpacked, values.astype(np.float16).astype(np.float32))
+    else:
+        for start in range(0, count, BLOCK):
+            block = torch.from_numpy(values[start : start + BLOCK])
+            step = float(block.abs().max().bfloat16()) / 31
+            naive = [max(-31, min(31, round(float(v) / step))) * step for v in block]
+            assert np.allclose(unpacked[start : start + BLOCK], naive, atol=1e-6)
+
+
+def test_layers_are_ordered_by_number_not_by_letter():
+    assert in_order(["u.10.attn2", "u.9.attn2", "d.2.attn2"]) == ["d.2.attn2", "u.9.attn2", "u.10.attn2"]
+
+
+@pytest.mark.parametrize("scheme", ["q6", "fp16", "fp32"])
+def test_saved_equals_loaded(tmp_path, scheme):
+    concept = sd15_concept().on_grid() if scheme == "q6" else sd15_concept()
+    if scheme == "fp16":
+        concept = Concept(concept.name, concept.word, on_grid(concept.residuals, "fp16"), SETTINGS, concept.base)
+    path = concept.save(tmp_path / "milo.safetensors", scheme)
     loaded = Concept.load(path)
-    assert (loaded.name, loaded.word, loaded.settings) == ("milo", "teddy bear", {"steps": 3, "learning_rate": 0.02})
-    assert loaded.residuals.keys() == RESIDUALS.keys()
-    assert all(torch.equal(loaded.residuals[k], RESIDUALS[k]) for k in RESIDUALS)
-    assert loaded.count == 8
-    again = loaded.save(tmp_path / "again.safetensors")
-    assert again.read_bytes() == path.read_bytes()
+    assert (loaded.name, loaded.word, loaded.settings, loaded.base) == (
+        concept.name,
+        concept.word,
+        SETTINGS,
+        concept.base,
+    )
+    assert list(loaded.residuals) == in_order(SD15)
+    assert all(torch.equal(loaded.residuals[k], concept.residuals[k]) for k in SD15)
+    assert loaded.save(tmp_path / "again.safetensors", scheme).read_bytes() == path.read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["again.safetensors", "milo.safetensors"]
+
+
+def test_other_programs_can_read_it(tmp_path):
+    path = sd15_concept().save(tmp_path / "milo.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        assert file.get_tensor("residuals").dtype == torch.uint8
+    for key in ("sai_model_spec", "architecture", "implementation", "title", "resolution"):
+        assert metadata[f"modelspec.{key}"]
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/infusion"
+    assert load_safetensors(path.read_bytes())
+
+
+def test_a_learned_concept_loses_nothing_by_saving(pipe, tmp_path):
+    learned = random_concept(pipe.unet).on_grid()
+    loaded = Concept.load(learned.save(tmp_path / "c.safetensors"))
+    drawn = []
+    for concept in (learned, loaded):
+        with infusion.attach(pipe, concept):
+            drawn.append(latents(pipe, "a <milo>"))
+    assert torch.equal(*drawn)
+
+
+def small_file() -> bytes:
+    return Concept("milo", "dog", {"mid_block.attentions.0.transformer_blocks.0.attn2": torch.randn(8)}).to_bytes()
+
+
+def test_every_bit_flip_is_refused():
+    content = small_file()
+    for i in range(len(content) * 8):
+        flipped = bytearray(content)
+        flipped[i // 8] ^= 1 << i % 8
+        with pytest.raises(InfusionError):
+            Concept.from_bytes(bytes(flipped))
+
+
+def test_every_truncation_and_extension_is_refused():
+    content = small_file()
+    for length in range(len(content)):
+        with pytest.raises(InfusionError):
+            Concept.from_bytes(content[:length])
+    for extra in (b"\0", b" ", b"x" * 4096):
+        with pytest.raises(InfusionError):
+            Concept.from_bytes(content + extra)
+
+
+def resealed(content: bytes, **changes: object) -> bytes:
+    """The file with metadata changed and a checksum that fits again, so that deeper checks are reached."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    payload = changes.pop("payload", content[8 + length :])
+    for key, value in changes.items():
+        target = header if key == "residuals" else header["__metadata__"]
+        target[key if key == "residuals" else key.replace("__", ".")] = value
+    header["__metadata__"]["infusion.sha256"] = "0" * 64
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    blank = len(text).to_bytes(8, "little") + text + payload
+    return blank.replace(b"0" * 64, hashlib.sha256(blank).hexdigest().encode(), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"infusion__format": "2"}, "has format '2', this version reads 1; upgrade"),
+        ({"infusion__scheme": "q5"}, "contradicts itself"),
+        ({"infusion__scheme": "fp32"}, "contradicts itself"),
+        ({"infusion__layers": "m0.0:9"}, "contradicts itself"),
+        ({"infusion__layers": "m0.0:999999"}, "contradicts itself"),
+        ({"infusion__layers": "m0.0:4 m0.0:4"}, "a layer twice"),
+        ({"infusion__layers": "m0.0:99999999999999"}, "is damaged"),
+        ({"infusion__layers": "m0.0:0"}, "contradicts itself"),
+        ({"infusion__layers": "d9.0.0:8"}, None),
+        ({"infusion__name": "../../etc"}, "no concept name"),
+        ({"infusion__word": ""}, "no class word"),
+        ({"infusion__settings": "[1]"}, "is no object"),
+        ({"infusion__settings": '{"a":[1]}'}, "no plain values"),
+        ({"infusion__settings": '{"steps": 1}'}, "not as Infusion writes it"),
+        ({"modelspec__resolution": "9" * 4000 + "x"}, "not as Infusion writes it"),
+        ({"infusion__extra": "more"}, "not as Infusion writes it"),
+        ({"residuals": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, "not as Infusion writes it"),
+        ({"payload": b"\xff\x7f" + small_file()[-6:]}, "is not finite"),
+        ({"payload": b"\x00\x7f" + small_file()[-6:]}, "exceeds"),
+        ({"payload": small_file()[-8:-6] + b"\x00" * 6}, "not as Infusion writes it"),
+    ],
+)
+def test_files_that_lie_with_a_checksum_that_fits(changes, message):
+    content = resealed(small_file(), **changes)
+    if message is None:
+        assert list(Concept.from_bytes(content).residuals) == ["down_blocks.9.attentions.0.transformer_blocks.0.attn2"]
+        return
+    with pytest.raises(InfusionError, match=message):
+        Concept.from_bytes(content)
+
+
+def test_files_of_other_kinds(tmp_path):
+    path = tmp_path / "f.safetensors"
+    with pytest.raises(InfusionError, match="no concept file"):
+        Concept.load(path)
+    with pytest.raises(InfusionError, match="no concept file"):
+        Concept.load(tmp_path)
+    path.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(InfusionError, match="pickle"):
+        Concept.load(path)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("data.pkl", b"x")
+    with pytest.raises(InfusionError, match="pickle or zip"):
+        Concept.load(path)
+    save_file({"unet.lora_A.weight": torch.zeros(2)}, path)
+    with pytest.raises(InfusionError, match="a LoRA"):
+        Concept.load(path)
+    save_file({"<cat-toy>": torch.zeros(2)}, path)
+    with pytest.raises(InfusionError, match="load_textual_inversion"):
+        Concept.load(path)
+    for nonsense in (
+        b"",
+        b"<html>" * 9,
+        b"\xff" * 40,
+        (2**63).to_bytes(8, "little") + b"{}" * 9,
+        (16).to_bytes(8, "little") + b"[" * 16 + b"x" * 9,
+    ):
+        path.write_bytes(nonsense)
+        with pytest.raises(InfusionError):
+            Concept.load(path)
+    deep = b'{"a":' + b"[" * 20_000 + b"]" * 20_000 + b"}"
+    path.write_bytes(len(deep).to_bytes(8, "little") + deep)
+    with pytest.raises(InfusionError):
+        Concept.load(path)
+    path.write_bytes(b"\0" * (4 * 2**20 + 1))
+    with pytest.raises(InfusionError, match="is larger than"):
+        Concept.load(path)
 
 
 @pytest.mark.parametrize(
@@ -38,9 +260,12 @@ def test_saved_equals_loaded(path, tmp_path):
         ("", "dog", {}, "is no concept name"),
         ("my dog", "dog", {}, "is no concept name"),
         ("<milo>", "dog", {}, "is no concept name"),
-        ("milo", " ", {}, "class word"),
+        ("m" * 65, "dog", {}, "is no concept name"),
+        ("milo", " ", {}, "no class word"),
         ("milo", "dog", {"a": torch.zeros(2, 2)}, "must be a vector"),
+        ("milo", "dog", {"a": torch.zeros(0)}, "must be a vector"),
         ("milo", "dog", {"a": torch.tensor([1.0, float("nan")])}, "not finite"),
+        ("milo", "dog", {"a": torch.tensor([1e9])}, "exceeds"),
     ],
 )
 def test_bad_values(name, word, residuals, message):
@@ -48,23 +273,29 @@ def test_bad_values(name, word, residuals, message):
         Concept(name, word, residuals)
 
 
-def test_bad_files(path, tmp_path):
-    with pytest.raises(InfusionError, match="no concept file"):
-        Concept.load(tmp_path / "none.safetensors")
-    content = path.read_bytes()
-    for cut in (0, 7, 40, len(content) - 1):
-        (tmp_path / "cut").write_bytes(content[:cut])
-        with pytest.raises(InfusionError, match="damaged or no safetensors"):
-            Concept.load(tmp_path / "cut")
-    save_file({"lora.up": torch.zeros(2)}, tmp_path / "lora")
-    with pytest.raises(InfusionError, match="load_lora_weights"):
-        Concept.load(tmp_path / "lora")
-    save_file({"a": torch.zeros(2)}, tmp_path / "half", {"format": "infusion-1", "name": "milo"})
-    with pytest.raises(InfusionError, match="lacks part of its header"):
-        Concept.load(tmp_path / "half")
-
-
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InfusionError, match="cannot be written"):
-        Concept("milo", "dog", RESIDUALS).save(tmp_path / "file" / "milo.safetensors")
+        sd15_concept().save(tmp_path / "file" / "milo.safetensors")
+    with pytest.raises(InfusionError, match="'q9' is no scheme"):
+        sd15_concept().save(tmp_path / "milo.safetensors", "q9")
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = sd15_concept().save(tmp_path / "milo.safetensors")
+    before = path.read_bytes()
+    for call in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(InfusionError, match="No space left"):
+                sd15_concept(seed=1).save(path)
+        assert path.read_bytes() == before
+        assert os.listdir(tmp_path) == ["milo.safetensors"]
+
+
+def test_other_weights_are_one_warning(pipe):
+    other = random_concept(pipe.unet)
+    other = Concept("milo", "dog", other.residuals, {}, BaseInfo("custom", 16, "f" * 16))
+    with pytest.warns(InfusionWarning, match="other weights") as caught, infusion.attach(pipe, other):
+        pass
+    assert len([w for w in caught if w.category is InfusionWarning]) == 1

@@ -15,7 +15,7 @@ ORDER = (
     ("errors",),
     ("attention", "world.vocabulary"),
     ("world",),
-    ("prompts",),
+    ("prompts", "packing"),
     ("concept", "streams", "photos"),
     ("pipelines", "lesson"),
     ("training", "methods", "generation", "base", "sheets", "report"),

@@ -1,22 +1,50 @@
-"""A concept: one residual per cross-attention layer, and the one small file that holds it."""
+"""A concept: one residual per cross-attention layer, and the one small file that holds it.
+
+The file is a safetensors file with one packed tensor; `docs/format.md` describes it. Reading checks
+everything before anything is believed: sizes, header, hash, and that the file is exactly what writing
+its content would give.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from infusion.errors import InfusionError
+from infusion.packing import LARGEST, SCHEMES, in_order, on_grid, pack, packed_size, unpack
 from infusion.prompts import NAME
 
-FORMAT = "infusion-1"
+FORMAT = "1"
+MAX_FILE = 4 * 2**20  # SDXL in fp32 takes a tenth of it
+MAX_HEADER = 32 * 2**10
+_ZEROS = "0" * 64
+_LAYER = re.compile(
+    r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2"
+)
+_SHORT = re.compile(r"([dum])(?:(\d+)\.)?(\d+)\.(\d+)")
+_SIDES = {"d": "down_blocks", "u": "up_blocks", "m": "mid_block"}
+
+Setting = int | float | str | bool
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """The base that a concept was learned on, as far as known: its family in modelspec's words
+    ("stable-diffusion-v1"), the side of its pictures in pixels, and a hash of its attention weights."""
+
+    family: str = "unknown"
+    side: int = 0
+    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -25,86 +53,221 @@ class Concept:
 
     name: how prompts call it, `<name>`. word: the class word that it stands for ("dog").
     residuals: path of the cross-attention module in the UNet -> vector of that layer's value length
-    (heads x head_dim). settings: how it was learned (numbers and short words only).
+    (heads x head_dim). settings: how it was learned (numbers and short words only: the file is shared).
     """
 
     name: str
     word: str
     residuals: dict[str, Tensor]
-    settings: dict[str, int | float | str] = field(default_factory=dict)
+    settings: dict[str, Setting] = field(default_factory=dict)
+    base: BaseInfo = field(default_factory=BaseInfo)
 
     def __post_init__(self) -> None:
-        if not NAME.fullmatch(self.name):
+        if not NAME.fullmatch(self.name) or len(self.name) > 64:
             raise InfusionError(
-                f"{self.name!r} is no concept name; use letters, digits, - and _, beginning with a letter, such as 'milo'."
+                f"{self.name!r} is no concept name; use up to 64 letters, digits, - and _, beginning with a letter, such as 'milo'."
             )
-        if not self.word.strip():
-            raise InfusionError("A concept needs its class word, such as 'dog'.")
+        if not self.word.strip() or len(self.word) > 64:
+            raise InfusionError(
+                f"{self.word!r} is no class word; a concept needs one of up to 64 characters, such as 'dog'."
+            )
         for path, residual in self.residuals.items():
-            if residual.ndim != 1:
+            if residual.ndim != 1 or residual.numel() == 0:
                 raise InfusionError(f"The residual of {path} has shape {tuple(residual.shape)}; it must be a vector.")
             if not bool(torch.isfinite(residual).all()):
                 raise InfusionError(f"The residual of {path} is not finite; learn with a lower learning rate.")
+            if float(residual.abs().max()) > LARGEST:
+                raise InfusionError(f"The residual of {path} exceeds {LARGEST:g}; learn with a lower learning rate.")
 
     @property
     def count(self) -> int:
         """Number of learned values."""
         return sum(r.numel() for r in self.residuals.values())
 
-    def save(self, path: str | Path) -> Path:
-        """Write the concept to `path` (.safetensors), whole or not at all. Returns the path.
-
-        The same concept always gives the same bytes. Raises InfusionError where it cannot be written.
-        """
-        path = Path(path)
+    def to_bytes(self, scheme: str = "q6") -> bytes:
+        """The file's bytes: always the same for the same concept. scheme: "q6", "fp16" or "fp32"."""
+        if scheme not in SCHEMES:
+            raise InfusionError(f"{scheme!r} is no scheme; use one of {', '.join(SCHEMES)}.")
+        paths = in_order(self.residuals)
+        flat = torch.cat([self.residuals[p].detach().float().cpu() for p in paths]) if paths else torch.zeros(0)
+        payload = pack(flat.numpy(), scheme)
         metadata = {
-            "format": FORMAT,
-            "name": self.name,
-            "word": self.word,
-            "settings": json.dumps(self.settings, sort_keys=True),
+            "infusion.base": self.base.weights,
+            "infusion.format": FORMAT,
+            "infusion.layers": _abbreviate([(p, self.residuals[p].numel()) for p in paths]),
+            "infusion.name": self.name,
+            "infusion.scheme": scheme,
+            "infusion.settings": json.dumps(self.settings, sort_keys=True, separators=(",", ":")),
+            "infusion.sha256": _ZEROS,
+            "infusion.word": self.word,
+            "modelspec.architecture": f"{self.base.family}/infusion",
+            "modelspec.implementation": "infusion",
+            "modelspec.resolution": f"{self.base.side}x{self.base.side}",
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.title": self.name,
         }
-        tensors = {k: v.detach().float().cpu().contiguous() for k, v in sorted(self.residuals.items())}
-        _write_atomically(path, _canonical(to_bytes(tensors, metadata)))
-        return path
+        entry = {"dtype": "U8", "shape": [len(payload)], "data_offsets": [0, len(payload)]}
+        header = json.dumps(
+            {"__metadata__": metadata, "residuals": entry}, sort_keys=True, separators=(",", ":")
+        ).encode()
+        header += b" " * (-len(header) % 8)
+        content = len(header).to_bytes(8, "little") + header + payload
+        digest = hashlib.sha256(content).hexdigest()
+        return content.replace(f'"infusion.sha256":"{_ZEROS}"'.encode(), f'"infusion.sha256":"{digest}"'.encode(), 1)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, source: str = "the file") -> Concept:
+        """Read a concept from a file's bytes; `source` names it in errors. Raises InfusionError."""
+        metadata, payload = _checked(content, source)
+        layers = _expand(metadata["infusion.layers"], source)
+        scheme = metadata["infusion.scheme"]
+        count = sum(length for _, length in layers)
+        if scheme not in SCHEMES or len(payload) != packed_size(count, scheme):
+            raise InfusionError(
+                f"{source} contradicts itself: {count} values of scheme {scheme!r} do not fill {len(payload)} bytes; get a fresh copy."
+            )
+        parts = torch.from_numpy(unpack(payload, count, scheme)).split([n for _, n in layers])
+        family = metadata["modelspec.architecture"].removesuffix("/infusion")
+        side = metadata["modelspec.resolution"].partition("x")[0]
+        concept = cls(
+            metadata["infusion.name"],
+            metadata["infusion.word"],
+            {path: part.clone() for (path, _), part in zip(layers, parts, strict=True)},
+            _settings(metadata["infusion.settings"], source),
+            BaseInfo(family, int(side) if side.isdecimal() and len(side) < 6 else 0, metadata["infusion.base"]),
+        )
+        if concept.to_bytes(scheme) != content:
+            raise InfusionError(
+                f"{source} is not as Infusion writes it (its header or padding was changed); get a fresh copy."
+            )
+        return concept
+
+    def save(self, path: str | Path, scheme: str = "q6") -> Path:
+        """Write the concept to `path`, whole or not at all, and return the path.
+
+        The default scheme holds values to 6 bits; a concept that was learned or loaded is on its grid already and is
+        saved without loss. Raises InfusionError where nothing can be written.
+        """
+        _write_atomically(Path(path), self.to_bytes(scheme))
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Concept:
-        """Read a concept. Raises InfusionError for what is missing, unreadable, or no concept."""
+        """Read a concept file. Raises InfusionError for what is missing, damaged, or no concept."""
         path = Path(path)
-        if not path.is_file():
-            raise InfusionError(
-                f"There is no concept file {str(path)!r}; give the path of a .safetensors file that `infusion train` wrote."
-            )
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                residuals = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, OSError) as error:
-            raise InfusionError(
-                f"{str(path)!r} is damaged or no safetensors file ({error}); get a fresh copy of it."
-            ) from None
-        if metadata.get("format") != FORMAT:
-            raise InfusionError(
-                f"{str(path)!r} is no Infusion concept of format {FORMAT} (it says {metadata.get('format')!r}); "
-                "LoRA files and embeddings are loaded with diffusers' own load_lora_weights and load_textual_inversion."
-            )
-        try:
-            settings = json.loads(metadata.get("settings", "{}"))
-            return cls(metadata["name"], metadata["word"], residuals, settings)
-        except (KeyError, json.JSONDecodeError) as error:
-            raise InfusionError(f"{str(path)!r} lacks part of its header ({error}); get a fresh copy of it.") from None
+            if not path.is_file():
+                raise InfusionError(
+                    f"There is no concept file {str(path)!r}; give the path of a .safetensors file that `infusion train` wrote."
+                )
+            with path.open("rb") as file:
+                content = file.read(MAX_FILE + 1)
+        except OSError as error:
+            raise InfusionError(f"{str(path)!r} cannot be read ({error.strerror}); check its permissions.") from None
+        return cls.from_bytes(content, repr(str(path)))
+
+    def on_grid(self) -> Concept:
+        """The concept as a file of the default scheme holds it."""
+        return Concept(self.name, self.word, on_grid(self.residuals), self.settings, self.base)
 
 
-def _canonical(content: bytes) -> bytes:
-    """The same safetensors file with its header's keys sorted: safetensors itself writes metadata in random order."""
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8:start]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + content[start:]
+def _checked(content: bytes, source: str) -> tuple[dict[str, str], bytes]:
+    """Metadata and payload of a file whose sizes, header and hash are right."""
+    if len(content) > MAX_FILE:
+        raise InfusionError(
+            f"{source} is larger than {MAX_FILE:,} bytes; no concept is. Checkpoints are given with --base."
+        )
+    if content[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+        raise InfusionError(
+            f"{source} is a pickle or zip archive, which can run code when opened; concepts are .safetensors files."
+        )
+    if len(content) < 16:
+        raise InfusionError(f"{source} is too short to be a concept; get a fresh copy.")
+    length = int.from_bytes(content[:8], "little")
+    if not 2 <= length <= min(MAX_HEADER, len(content) - 8):
+        raise InfusionError(
+            f"{source} is damaged or no safetensors file (its header would have {length:,} bytes); get a fresh copy."
+        )
+    header = _parsed(content[8 : 8 + length], source)
+    metadata = header.get("__metadata__")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    if not all(isinstance(v, str) for v in metadata.values()):
+        raise InfusionError(f"{source} is damaged (metadata that is no text); get a fresh copy.")
+    if "infusion.format" not in metadata:
+        kind = "a LoRA" if any("lora" in k.lower() for k in header) else "a safetensors file of another kind"
+        raise InfusionError(
+            f"{source} is {kind}, not an Infusion concept; diffusers loads those with load_lora_weights or load_textual_inversion."
+        )
+    if metadata["infusion.format"] != FORMAT:
+        raise InfusionError(
+            f"{source} has format {metadata['infusion.format']!r}, this version reads {FORMAT}; upgrade infusion."
+        )
+    digest = metadata.get("infusion.sha256", "")
+    blank = content.replace(f'"infusion.sha256":"{digest}"'.encode(), f'"infusion.sha256":"{_ZEROS}"'.encode(), 1)
+    if hashlib.sha256(blank).hexdigest() != digest:
+        raise InfusionError(f"{source} is damaged (its checksum does not fit); get a fresh copy.")
+    if set(header) != {"__metadata__", "residuals"} or not metadata.keys() >= _KEYS:
+        raise InfusionError(f"{source} lacks part of its header; get a fresh copy.")
+    return metadata, content[8 + length :]
+
+
+_KEYS = {
+    "infusion.base", "infusion.layers", "infusion.name", "infusion.scheme", "infusion.settings", "infusion.word",
+    "modelspec.architecture", "modelspec.resolution",
+}  # fmt: skip
+
+
+def _parsed(header: bytes, source: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({k for k, _ in pairs}) != len(pairs):
+            raise ValueError("a key twice")
+        return dict(pairs)
+
+    try:
+        parsed = json.loads(header.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError):
+        raise InfusionError(
+            f"{source} is damaged or no safetensors file (its header is unreadable); get a fresh copy."
+        ) from None
+    if not isinstance(parsed, dict):
+        raise InfusionError(f"{source} is damaged or no safetensors file (its header is no object); get a fresh copy.")
+    return parsed
+
+
+def _settings(text: str, source: str) -> dict[str, Setting]:
+    settings = _parsed(text.encode(), source)
+    if not all(isinstance(v, int | float | str) for v in settings.values()):
+        raise InfusionError(f"{source} is damaged (its settings are no plain values); get a fresh copy.")
+    return settings
+
+
+def _abbreviate(layers: list[tuple[str, int]]) -> str:
+    """Paths and lengths in short: "d0.1.0:320" is down_blocks.0.attentions.1.transformer_blocks.0.attn2 with 320 values."""
+    parts = []
+    for path, length in layers:
+        m = _LAYER.fullmatch(path)
+        short = f"{m[1][0]}{m[2] + '.' if m[2] else ''}{m[3]}.{m[4]}" if m else path
+        parts.append(f"{short}:{length}")
+    return " ".join(parts)
+
+
+def _expand(text: str, source: str) -> list[tuple[str, int]]:
+    layers = []
+    for part in text.split():
+        short, _, length = part.rpartition(":")
+        if not length.isdecimal() or len(length) > 6 or not short:
+            raise InfusionError(f"{source} is damaged (layer {part[:40]!r}); get a fresh copy.")
+        m = _SHORT.fullmatch(short)
+        block = f".{m[2]}" if m and m[2] else ""
+        path = f"{_SIDES[m[1]]}{block}.attentions.{m[3]}.transformer_blocks.{m[4]}.attn2" if m else short
+        layers.append((path, int(length)))
+    if len(dict(layers)) != len(layers):
+        raise InfusionError(f"{source} is damaged (a layer twice); get a fresh copy.")
+    return layers
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    """Temp file in the same folder, flushed to disk, then renamed over `path`."""
+    """Temp file in the same folder, flushed to disk, renamed over `path`, the folder flushed too."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -118,7 +281,35 @@ def _write_atomically(path: Path, content: bytes) -> None:
         except BaseException:
             os.unlink(temp)
             raise
+        _flush_folder(path.parent)
     except OSError as error:
         raise InfusionError(
             f"{str(path)!r} cannot be written ({error.strerror}); choose a folder that you may write to."
         ) from None
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name != "posix":  # other systems cannot open folders
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def summary(concept: Concept, size: int | None = None) -> Mapping[str, Any]:
+    """What `infusion inspect` shows: plain values."""
+    shown: dict[str, Any] = {
+        "name": concept.name,
+        "word": concept.word,
+        "values": concept.count,
+        "layers": {p: {"values": r.numel(), "norm": round(float(r.norm()), 4)} for p, r in concept.residuals.items()},
+        "base": {
+            "family": concept.base.family,
+            "side": concept.base.side,
+            "weights": concept.base.weights or "unknown",
+        },
+        "settings": dict(concept.settings),
+    }
+    return shown if size is None else {**shown, "bytes": size}

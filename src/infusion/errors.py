@@ -1,4 +1,8 @@
-"""The one error type that users see: a sentence that names the value, the rule and the remedy."""
+"""The error and the warning that users see: a sentence that names the value, the rule and the remedy."""
+
+
+class InfusionWarning(UserWarning):
+    """Something that works, but perhaps not as meant."""
 
 
 class InfusionError(ValueError):

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import functools
 import gc
+import hashlib
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from infusion.concept import Concept
-from infusion.errors import InfusionError
+from infusion.concept import BaseInfo, Concept
+from infusion.errors import InfusionError, InfusionWarning
+from infusion.packing import in_order
 from infusion.prompts import Mention, Parsed, parse, refuse_in_negative
-from infusion.streams import Plan, Streams, require_unet, value_lengths
+from infusion.streams import Plan, Streams, cross_attention_layers, require_unet, value_lengths
 
 
 def attach(
@@ -39,7 +43,8 @@ def attach(
 
     Calls without a `<name>` are the base model's, bit for bit. Returns an `Attachment`, which ends with its
     `with` block or with `detach()`. Raises InfusionError for a concept of another architecture, for
-    two concepts of one name, and for pipelines that have no cross-attention.
+    two concepts of one name, and for pipelines that have no cross-attention; warns where the
+    architecture fits but the weights are others than the concept was learned on.
     """
     if not concepts:
         raise InfusionError("attach needs at least one concept; load one with infusion.Concept.load(path).")
@@ -56,6 +61,7 @@ class Attachment:
         lengths = value_lengths(unet)
         for concept in concepts:
             _check_fits(concept, lengths)
+        _warn_of_other_weights(concepts, unet)
         names = [c.name for c in concepts]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise InfusionError(
@@ -208,6 +214,43 @@ def _check_fits(concept: Concept, lengths: Mapping[str, int]) -> None:
             raise InfusionError(
                 f"<{concept.name}> was learned on another architecture: its residual of {path} has {len(residual)} values, "
                 f"that layer {have} here; use the base that it was learned on."
+            )
+
+
+def base_info(pipe: DiffusionPipeline) -> BaseInfo:
+    """Family, picture size and weights hash of a pipeline's base.
+
+    The hash is over the value projections of cross-attention, rounded to fp16, so that a base loaded
+    in fp32 and in fp16 has the same; it is unknown ("") for bf16, which is coarser, and for offloaded weights.
+    """
+    unet = require_unet(pipe)
+    families = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2", 2048: "stable-diffusion-xl-v1-base"}
+    family = families.get(unet.config["cross_attention_dim"], "custom")
+    return BaseInfo(family, unet.config["sample_size"] * pipe.vae_scale_factor, _weights_hash(unet))
+
+
+def _weights_hash(unet: nn.Module) -> str:
+    layers = cross_attention_layers(unet)
+    digest = hashlib.sha256()
+    for path in in_order(layers):
+        projection = layers[path].to_v
+        weight = getattr(projection, "base_layer", projection).weight  # a LoRA wraps the base's own layer
+        if weight.dtype not in (torch.float32, torch.float16) or weight.device.type == "meta":
+            return ""
+        digest.update(weight.detach().half().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _warn_of_other_weights(concepts: Sequence[Concept], unet: nn.Module) -> None:
+    expecting = {c.name: c.base.weights for c in concepts if c.base.weights}
+    here = _weights_hash(unet) if expecting else ""
+    for name, weights in expecting.items():
+        if here and weights != here:
+            warnings.warn(
+                f"<{name}> was learned on a base of the same architecture with other weights ({weights}, here {here}); "
+                "it may look different: use its own base, or learn it again on this one.",
+                InfusionWarning,
+                stacklevel=4,
             )
 
 

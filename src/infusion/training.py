@@ -23,6 +23,7 @@ from infusion.concept import Concept
 from infusion.errors import InfusionError
 from infusion.lesson import Draw, Lesson, prepare_lesson
 from infusion.photos import Photo, load_photos
+from infusion.pipelines import base_info
 from infusion.streams import Streams, require_unet, value_lengths
 
 
@@ -56,7 +57,7 @@ class LearnConfig:
 
 @dataclass(frozen=True)
 class LearnState:
-    """State after `step` of `steps`: the batch's masked loss, and the concept so far."""
+    """State after `step` of `steps`: the batch's masked loss, and the concept so far, on the file's grid."""
 
     step: int
     steps: int
@@ -94,6 +95,7 @@ def learning(
         raise InfusionError(
             f"No cross-attention layer matches {', '.join(config.layers)}; give parts of module paths such as 'up_blocks'."
         )
+    base = base_info(pipe)
     optimizer = torch.optim.AdamW(residuals.values(), config.learning_rate)
     generator = torch.Generator().manual_seed(config.seed)
     frozen = [p for p in unet.parameters() if p.requires_grad]
@@ -111,7 +113,9 @@ def learning(
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            yield LearnState(step, config.steps, float(loss.detach()), _concept(name, word, residuals, config, step))
+            settings = {**_plain(config), "steps": step}
+            learned = Concept(name, word, {k: v.detach() for k, v in residuals.items()}, settings, base)
+            yield LearnState(step, config.steps, float(loss.detach()), learned.on_grid())
     finally:
         streams.remove()
         unet.train(training)
@@ -149,6 +153,5 @@ def masked_loss(prediction: Tensor, draw: Draw) -> Tensor:
     return error.square().mean()
 
 
-def _concept(name: str, word: str, residuals: dict[str, Tensor], config: LearnConfig, step: int) -> Concept:
-    settings = {k: v for k, v in asdict(config).items() if isinstance(v, int | float | str)}
-    return Concept(name, word, {k: v.detach().clone().cpu() for k, v in residuals.items()}, {**settings, "steps": step})
+def _plain(config: LearnConfig) -> dict[str, int | float | str | bool]:
+    return {k: v for k, v in asdict(config).items() if isinstance(v, int | float | str)}

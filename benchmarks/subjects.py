@@ -1,0 +1,89 @@
+"""Five subjects never seen, each from four photos in one place: python benchmarks/subjects.py
+
+For each: base with the plain word, base with the subject described in words (what a prompt alone can do), Infusion in two
+streams, in a single stream, and a full fine-tune; twelve prompts, the same seeds. Writes contact sheets
+and the page docs/subjects.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from PIL import Image
+
+import infusion
+from infusion.demo import PROMPTS, compare, draw_photos, mask_overlays
+from infusion.generation import generate
+from infusion.sheets import contact_sheet
+from infusion.world.scenes import Placed, Scene, held_out
+from infusion.world.subjects import Subject
+
+# name, subject, background of the photos
+SUBJECTS = (
+    ("milo", Subject("dog", "purple", "yellow", "spotted", "none", (0.55, 0.7, 0.5, 0.35)), "meadow"),
+    ("tuna", Subject("fish", "orange", "blue", "striped", "hat", (0.9, 0.8, 0.6, 0.4)), "beach"),
+    ("beetle", Subject("car", "green", "pink", "checkered", "none", (0.8, 0.6, 0.9, 0.3)), "city"),
+    ("bolt", Subject("robot", "red", "white", "striped", "star", (0.7, 0.9, 0.5, 0.8)), "room"),
+    ("brew", Subject("mug", "blue", "orange", "spotted", "scarf", (0.8, 0.3, 0.9, 0.2)), "snow"),
+)
+
+
+def described(subject: Subject) -> str:
+    """The subject in the words that the base knows."""
+    accessory = {"none": "", "hat": " with a hat", "scarf": " with a scarf", "star": " with a star"}[subject.accessory]
+    return f"a {subject.pattern} {subject.color1} and {subject.color2} {subject.kind}{accessory}"
+
+
+def run(folder: Path, name: str, subject: Subject, background: str, work: Path) -> dict:
+    """Learn and draw one subject; its contact sheet goes to `folder`. Returns its figures."""
+    pipe = infusion.load_base(device="cpu")
+    photos = draw_photos(subject, work / name / "photos", background=background)
+    result = compare(pipe, photos, subject.kind, name, work / name / f"{name}.safetensors", _quiet, single=True)
+    in_words = generate(pipe, [p.format(described(subject)) for p in PROMPTS], [p.seed for p in result.base])
+    rows = {
+        "base": result.base,
+        "base, described": in_words,
+        "Infusion": result.infusion,
+        "single stream": result.single or [],
+        "full fine-tune": result.finetune,
+    }
+    sheet = contact_sheet(
+        [[p.image for p in row] for row in rows.values()], list(rows), [p.format(f"<{name}>") for p in PROMPTS], cell=96
+    )
+    sheet.save(folder / f"{name}.png")
+    photos_sheet = contact_sheet(
+        [list(result.lesson.pictures), mask_overlays(result.lesson)], ("photos", "masks"), cell=96
+    )
+    photos_sheet.save(folder / f"{name}-photos.png")
+    unseen = held_out(Scene((Placed(subject, 0.5),), background))
+    norms = {p: round(float(r.norm()), 2) for p, r in infusion.Concept.load(result.concept_path).residuals.items()}
+    return {"seconds": {k: round(v, 1) for k, v in result.seconds.items()}, "held_out": unseen, "norms": norms}
+
+
+def main(docs: Path = Path("docs"), work: Path = Path("outputs/subjects"), only: str | None = None) -> None:
+    """All subjects, or the one named."""
+    folder = docs / "subjects"
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {}
+    for name, subject, background in SUBJECTS:
+        if only in (None, name):
+            figures[name] = run(folder, name, subject, background, work)
+            print(name, figures[name]["seconds"], flush=True)
+    if only is None:
+        (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+        Image.open(folder / "milo.png").verify()
+
+
+def _quiet(label: str, done: int, of: int) -> None:
+    del label, done, of
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--work", type=Path, default=Path("outputs/subjects"))
+    parser.add_argument("--only", help="name of one subject")
+    options = parser.parse_args()
+    main(options.docs, options.work, options.only)
