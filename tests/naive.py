@@ -35,7 +35,7 @@ class _Explicit:
 
 
 def naive_prediction(
-    unet, sample: Tensor, timestep, states: Tensor, plan: Plan, residuals: dict, two_streams: bool = True
+    unet, sample: Tensor, timestep, states: Tensor, plan: Plan, residuals: dict, two_streams: bool = True, **kwargs
 ) -> Tensor:
     """The customized noise prediction of rows that follow `plan` (conditional rows only)."""
     layers = cross_attention_layers(unet)
@@ -44,7 +44,7 @@ def naive_prediction(
         foundational = {path: _Explicit() for path in layers}
         for path, layer in layers.items():
             layer.set_processor(foundational[path])
-        unet(sample, timestep, states)
+        unet(sample, timestep, states, **kwargs)
         for path, layer in layers.items():
             added = torch.zeros(*states.shape[:2], layer.to_v.out_features)
             for row, mentions in enumerate(plan.rows):
@@ -53,6 +53,6 @@ def naive_prediction(
                         if path in residuals[mention.name]:
                             added[row, position] += mention.strength * residuals[mention.name][path]
             layer.set_processor(_Explicit(foundational[path].maps if two_streams else None, added))
-        return unet(sample, timestep, states).sample
+        return unet(sample, timestep, states, **kwargs).sample
     finally:
         unet.set_attn_processor(stock)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from infusion.base import load_base
     from infusion.concept import Concept
     from infusion.errors import InfusionError
-    from infusion.pipelines import Attachment, attach
+    from infusion.pipelines import Attachment, attach, encode
     from infusion.training import LearnConfig, LearnState, learn, learning
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "LearnConfig",
     "LearnState",
     "attach",
+    "encode",
     "learn",
     "learning",
     "load_base",
@@ -34,6 +35,7 @@ __all__ = [
 _HOME = {
     "Attachment": "pipelines",
     "attach": "pipelines",
+    "encode": "pipelines",
     "load_base": "base",
     "Concept": "concept",
     "InfusionError": "errors",

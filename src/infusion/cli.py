@@ -168,6 +168,29 @@ def generate(
     say.print(f"{len(paths)} pictures and contact-sheet.png in {out}.")
 
 
+@app.command()
+def inspect(
+    concept: Annotated[Path, typer.Argument(help="A concept file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show what a concept file holds."""
+    import json
+
+    from infusion.concept import Concept, summary
+
+    shown = summary(Concept.load(concept), concept.stat().st_size)
+    if as_json:
+        print(json.dumps(shown, indent=1))
+        return
+    print(
+        f"<{shown['name']}> stands for {shown['word']!r}: {shown['values']:,} values in {len(shown['layers'])} layers, {shown['bytes']:,} bytes"
+    )
+    print(f"base: {shown['base']['family']}, {shown['base']['side']} pixels a side, weights {shown['base']['weights']}")
+    print("learned with: " + ", ".join(f"{k} {v}" for k, v in shown["settings"].items()))
+    for path, layer in shown["layers"].items():
+        print(f"  {path:62} {layer['values']:6,} values, norm {layer['norm']}")
+
+
 def main() -> None:
     """Entry point: errors of ours are one sentence, never a traceback."""
     try:
@@ -195,7 +218,11 @@ def _progress(first: str) -> Iterator[Any]:
 
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    from infusion.errors import InfusionWarning
+
     warnings.filterwarnings("ignore")
+    warnings.simplefilter("default", InfusionWarning)
+    warnings.showwarning = lambda message, *_: say.print(f"[yellow]Warning:[/yellow] {message}", soft_wrap=True)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),

@@ -209,14 +209,11 @@ def word_maps(recorded: dict[str, tuple[Tensor, Tensor]], plan: Plan, side: int)
     for row, mentions in enumerate(plan.rows):
         for mention in mentions:
             word[row, list(mention.positions)] = 1.0
+    grids = {maps.shape[2]: int(maps.shape[2] ** 0.5) for _, maps in recorded.values()}
+    fit = [n for n, grid in grids.items() if 8 <= grid <= 32] or list(grids)  # tiny bases have no such layers
     layers = []
     for _, maps in recorded.values():
-        grid = int(maps.shape[2] ** 0.5)
-        if 8 <= grid <= 32:
+        if (n := maps.shape[2]) in fit:
             heat = torch.einsum("bhnm,bm->bn", maps, word) / maps.shape[1]
-            layers.append(F.interpolate(heat.view(-1, 1, grid, grid), (side, side), mode="bilinear")[:, 0])
-    if not layers:
-        raise InfusionError(
-            "The base has no cross-attention between 8x8 and 32x32 to find masks with; give masks (<name>-mask.png)."
-        )
+            layers.append(F.interpolate(heat.view(-1, 1, grids[n], grids[n]), (side, side), mode="bilinear")[:, 0])
     return torch.stack(layers).mean(0)

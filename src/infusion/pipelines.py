@@ -12,12 +12,13 @@ import gc
 import hashlib
 import inspect
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from infusion.concept import BaseInfo, Concept
 from infusion.errors import InfusionError, InfusionWarning
@@ -49,6 +50,33 @@ def attach(
     if not concepts:
         raise InfusionError("attach needs at least one concept; load one with infusion.Concept.load(path).")
     return Attachment(pipe, concepts, two_streams, strength or {})
+
+
+def encode(pipe: DiffusionPipeline, prompt: str | list[str], **kwargs: Any) -> dict[str, Tensor]:
+    """Encode prompts with `<name>` for those who pass `prompt_embeds` themselves.
+
+        with infusion.attach(pipe, milo):
+            states = infusion.encode(pipe, ["a <milo>", "a cat"], negative_prompt="blurry")
+            pipe(**states).images
+
+    Further arguments are those of the pipeline's `encode_prompt`. Returns the keyword arguments for the
+    pipeline's call. The tensors are recognized by identity: pass them on as they are.
+    """
+    session = _Session.open.get(id(require_unet(pipe)))
+    if session is None:
+        raise InfusionError("encode needs attached concepts; call it inside `with infusion.attach(pipe, concept):`.")
+    given = {
+        "device": pipe._execution_device,
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": True,
+        **kwargs,
+    }
+    encoded = pipe.encode_prompt(prompt, **given)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    plan = session.streams.plan
+    if plan is not None:
+        session.encoded.append((weakref.ref(encoded[0]), plan.rows))
+    return {name: states for name, states in zip(names, encoded, strict=False) if states is not None}
 
 
 class Attachment:
@@ -98,6 +126,7 @@ class _Session:
         self.streams = Streams(unet)
         self.attachments: list[Attachment] = []
         self.pipelines: list[DiffusionPipeline] = []
+        self.encoded: list[tuple[weakref.ref[Tensor], tuple[tuple[Mention, ...], ...]]] = []  # by `encode`
 
     @classmethod
     def of(cls, unet: nn.Module) -> _Session:
@@ -150,6 +179,8 @@ class _Session:
         for key in ("negative_prompt", "negative_prompt_2"):
             for text in _as_list(given.get(key)):
                 refuse_in_negative(text, words)
+        if given.get("prompt_embeds") is not None:
+            return self._plan_encoded(stock(*call.args, **call.kwargs), given)
         parsed = _parse(pipe, given.get("prompt"), words, "tokenizer")
         parsed_2 = _parse(pipe, given.get("prompt_2") or given.get("prompt"), words, "tokenizer_2")
         if not any(p.mentions for p in (*parsed, *parsed_2)):
@@ -165,6 +196,15 @@ class _Session:
         copies = given.get("num_images_per_prompt", 1)
         rows = tuple(self._weighted(p.mentions) for p in parsed for _ in range(copies))
         self.streams.plan = Plan(rows, result[0])
+        return result
+
+    def _plan_encoded(self, result: Any, given: Mapping[str, Any]) -> Any:
+        """Plan the rows of `prompt_embeds` that came from `encode`; others carry no concept."""
+        self.encoded = [(ref, rows) for ref, rows in self.encoded if ref() is not None]
+        for ref, rows in self.encoded:
+            if ref() is given["prompt_embeds"]:
+                copies = given.get("num_images_per_prompt", 1)
+                self.streams.plan = Plan(tuple(row for row in rows for _ in range(copies)), result[0])
         return result
 
     def _refresh(self) -> None:

@@ -1,0 +1,186 @@
+"""The commands as users run them, on the embedded base with few steps; and every kind of bad input in a sentence."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from infusion.cli import main
+from infusion.concept import Concept
+from infusion.demo import MILO, draw_photos
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return draw_photos(MILO, tmp_path_factory.mktemp("photos"), count=3)
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run a command in this process; returns (exit code, what it said)."""
+
+    def call(*args: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["infusion", *map(str, args)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        return code, " ".join((out + err).split())
+
+    return call
+
+
+def test_train_then_generate(run, photos, tmp_path):
+    concept = tmp_path / "milo.safetensors"
+    code, said = run(
+        "train", "--photos", photos, "--word", "dog", "--name", "milo", "-o", concept, "--steps", 3, "--batch", 2
+    )
+    assert code == 0, said
+    assert "Learned <milo> after 3 steps" in said
+    loaded = Concept.load(concept)
+    assert (loaded.name, loaded.word, loaded.count, loaded.settings["steps"]) == ("milo", "dog", 1344, 3)
+
+    pictures = tmp_path / "pictures"
+    common = ("--concept", concept, "-o", pictures, "--steps", 2, "--count", 2)
+    code, said = run("generate", "a sketch of <milo> in the snow", "<milo:0.5> and a cat", *common, "--seed", 7)
+    assert code == 0, said
+    assert "knows only its own small world" in said
+    files = sorted(pictures.glob("0*.png"))
+    assert len(files) == 4
+    with Image.open(files[1]) as image:
+        assert image.info["prompt"] == "a sketch of <milo> in the snow"
+        assert image.info["seed"] == "8"
+        assert image.info["concepts"] == "<milo> = dog"
+        assert image.size == (64, 64)
+    assert (pictures / "contact-sheet.png").exists()
+    code, said = run("generate", "a dog", *common)
+    assert code == 0, said
+    assert len(list(pictures.glob("0*.png"))) == 6, "earlier pictures are kept"
+
+    code, said = run("inspect", concept)
+    assert code == 0, said
+    assert "milo" in said
+    assert f"{concept.stat().st_size:,}" in said
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--photos", "{tmp}/none"), "There is no folder"),
+        (("--photos", "{tmp}/empty"), "There is no picture in"),
+        (("--photos", "{tmp}/broken"), "cannot be read as a picture"),
+        (("--word", "zebra"), "never saw a 'zebra'; nearest are"),
+        (("--word", "dgo"), "nearest are dog"),
+        (("--name", "my dog"), "is no concept name"),
+        (("-o", "{tmp}/file/milo.safetensors"), "cannot be written"),
+        (("-o", "{tmp}"), "is a folder"),
+        (("--steps", "0"), "steps is 0"),
+        (("--lr", "-1"), "learning_rate is -1.0"),
+        (("--base", "{tmp}/nobase"), "cannot be loaded"),
+        (("--base", "{tmp}/empty"), "holds no diffusers pipeline"),
+        (("--base", "{tmp}/file"), "is no .safetensors file"),
+        (("--dtype", "fp12"), "'fp12' is no dtype"),
+        (("--device", "abacus"), "'abacus' is not usable"),
+    ],
+)
+def test_bad_input_to_train(run, photos, tmp_path, args, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_text("no picture")
+    (tmp_path / "file").write_text("a file")
+    options = {
+        "--photos": photos,
+        "--word": "dog",
+        "--name": "milo",
+        "-o": tmp_path / "m.safetensors",
+        "--steps": 1,
+        "--batch": 1,
+    }
+    options[args[0]] = args[1].format(tmp=tmp_path)
+    code, said = run("train", *(str(part) for option in options.items() for part in option))
+    assert code == 2
+    assert message in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("a <rex> here",), "<rex> is unknown; the concepts at hand are <milo>"),
+        (("the " * 40 + "<milo>",), "<milo> is cut off"),
+        (("a cat", "--negative", "a <milo>"), "write 'dog' there"),
+        (("a <milo>", "--concept", "{tmp}/none.safetensors"), "There is no concept file"),
+        (("a <milo>", "--concept", "{tmp}/photo.png"), "is damaged or no safetensors"),
+        (("a <milo>", "--guidance", "much"), "Invalid value"),
+    ],
+)
+def test_bad_input_to_generate(run, tmp_path, args, message):
+    concept = tmp_path / "milo.safetensors"
+    from infusion.base import load_base
+    from tests.conftest import random_concept
+
+    random_concept(load_base(device="cpu").unet).save(concept)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "photo.png")
+    code, said = run(
+        "generate",
+        *(a.format(tmp=tmp_path) for a in args),
+        "--concept",
+        concept,
+        "-o",
+        tmp_path / "out",
+        "--steps",
+        1,
+        "--count",
+        1,
+    )
+    assert code == 2
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_a_name_without_any_concept(run, tmp_path):
+    code, said = run("generate", "a <milo>", "-o", tmp_path, "--steps", 1, "--count", 1)
+    assert code == 2
+    assert "no concept is loaded; give its file with --concept" in said
+
+
+def test_ctrl_c_keeps_what_was_learned(photos, tmp_path):
+    out = tmp_path / "milo.safetensors"
+    command = [
+        sys.executable,
+        "-m",
+        "infusion.cli",
+        "train",
+        "--photos",
+        str(photos),
+        "--word",
+        "dog",
+        "--name",
+        "milo",
+    ]
+    started = subprocess.Popen(
+        [*command, "-o", str(out), "--steps", "100000", "--batch", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    seen = ""
+    deadline = time.monotonic() + 120
+    while "Learning <milo>" not in seen and time.monotonic() < deadline:
+        seen += started.stderr.readline()
+    time.sleep(2)
+    started.send_signal(signal.SIGINT)
+    rest = started.communicate(timeout=60)[1]
+    assert started.returncode == 130, seen + rest
+    assert "Stopped early; kept <milo>" in " ".join(rest.split())
+    assert Concept.load(out).settings["steps"] >= 1

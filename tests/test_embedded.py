@@ -1,0 +1,121 @@
+"""The embedded base as shipped: its size, its maps, and the method on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import infusion
+from infusion.demo import MILO, PROMPTS, compare, draw_photos
+from infusion.lesson import encode_pictures, encode_texts
+from infusion.prompts import Mention
+from infusion.streams import Plan, Streams, value_lengths
+from infusion.training import LearnConfig
+from infusion.world.captions import caption
+from infusion.world.dataset import encode_caption
+from infusion.world.grounding import map_gate, mean_heat, recorded_maps
+from infusion.world.release import WEIGHTS
+from infusion.world.scenes import held_out, random_scene, render
+from tests.conftest import latents, random_concept
+from tests.naive import naive_prediction
+
+
+@pytest.fixture(scope="module")
+def base():
+    return infusion.load_base(device="cpu")
+
+
+def test_the_weights_are_small_and_whole():
+    index = json.loads((WEIGHTS / "index.json").read_text())
+    files = [WEIGHTS / name for part in index["files"].values() for name in part]
+    assert {p.name for p in files} == {p.name for p in WEIGHTS.glob("*.safetensors")}
+    assert sum(p.stat().st_size for p in files) <= 30_000_000
+    assert max(p.stat().st_size for p in files) < 15_000_000
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    assert digest.hexdigest() == index["sha256"]
+    assert index["sha256"] in (WEIGHTS / "README.md").read_text()
+
+
+def test_layers(base):
+    lengths = value_lengths(base.unet)
+    assert len(lengths) == 10
+    assert sum(lengths.values()) == 1344
+    assert not any(p.requires_grad and p.grad is not None for p in base.unet.parameters())
+
+
+@torch.no_grad()
+def test_the_map_gate_on_scenes_that_training_never_saw(base):
+    rng = np.random.default_rng(2_000)
+    scenes = [s for s in (random_scene(rng) for _ in range(600)) if held_out(s)][:64]
+    drawn = [render(s) for s in scenes]
+    from PIL import Image
+
+    clean = encode_pictures(base, [Image.fromarray(d.pixels) for d in drawn], batch=32)
+    encoded = [encode_caption(caption(s, rng)) for s in scenes]
+    ids = torch.from_numpy(np.stack([e[0] for e in encoded]).astype(np.int64))
+    words = torch.from_numpy(np.stack([e[1] for e in encoded]))
+    masks = torch.zeros(len(scenes), 3, 16, 16)
+    for i, d in enumerate(drawn):
+        masks[i, : len(d.masks)] = (
+            torch.from_numpy(d.masks).unflatten(-1, (16, 4)).unflatten(1, (16, 4)).mean(dim=(2, 4))
+        )
+    alpha = base.scheduler.alphas_cumprod[500]
+    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * torch.randn(
+        clean.shape, generator=torch.Generator().manual_seed(0)
+    )
+    with recorded_maps(base.unet) as records:
+        base.unet(noisy, 500, base.text_encoder(ids).last_hidden_state)
+        gate = map_gate(mean_heat(records, words, 16), words, masks)
+    assert gate.count > 70
+    assert gate.peak >= GATE_PEAK
+    assert gate.iou >= GATE_IOU
+    assert gate.own >= GATE_OWN
+
+
+def test_one_call_equals_the_naive_method(base):
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(2, 6, 16, 16, generator=generator)
+    texts = encode_texts(base, ["a <x> on the beach", "a cat next to a <x> in space"], {"x": "teddy bear"}, "ted")
+    residuals = {"ted": random_concept(base.unet, "ted", scale=2.0).residuals}
+    plan = Plan((texts.mentions[0], (*texts.mentions[1], Mention("ted", 0.5, (1,)))), texts.states)
+    streams = Streams(base.unet)
+    streams.residuals = residuals
+    with torch.no_grad(), streams.calls(plan):
+        ours = base.unet(sample, 500, texts.states).sample
+    streams.remove()
+    with torch.no_grad():
+        naive = naive_prediction(base.unet, sample, 500, texts.states, plan, residuals)
+    assert (ours - naive).abs().max() < 1e-5 * naive.abs().max()
+
+
+def test_without_a_name_bit_for_bit(base):
+    prompts = ["a dog on the beach", "a red car in space"]
+    before = latents(base, prompts)
+    with infusion.attach(base, random_concept(base.unet)):
+        assert torch.equal(latents(base, prompts), before)
+
+
+def test_the_chain_from_photos_to_pictures(base, tmp_path):
+    told = []
+    photos = draw_photos(MILO, tmp_path / "photos", count=2)
+    result = compare(
+        base,
+        photos,
+        "dog",
+        "milo",
+        tmp_path / "milo.safetensors",
+        lambda *a: told.append(a),
+        config=LearnConfig(steps=2, batch=2),
+        single=True,
+    )
+    assert len(result.base) == len(result.infusion) == len(result.finetune) == len(PROMPTS)
+    for prompt, plain, customized in zip(PROMPTS, result.base, result.infusion, strict=True):
+        assert ("{}" in prompt) or np.abs(np.asarray(plain.image, int) - np.asarray(customized.image, int)).max() <= 1
+    assert {label for label, *_ in told} >= {"Learning <milo> with Infusion", "Drawing <milo>"}
+    assert all(done <= of for _, done, of in told)

@@ -1,0 +1,222 @@
+"""What people load: SDXL, LoRAs beside a concept, textual inversion, prompt embeddings, slicing, compiling."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
+from peft import LoraConfig
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+import infusion
+from infusion.errors import InfusionError
+from infusion.streams import Plan, Streams
+from infusion.training import LearnConfig
+from infusion.world.tokenizer import build_tokenizer
+from tests.conftest import latents, random_concept, tiny_unet
+from tests.naive import naive_prediction
+
+
+@pytest.fixture(scope="session")
+def _shared_xl():
+    torch.manual_seed(3)
+    tokenizer = build_tokenizer()
+
+    def text(width: int) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length, projection_dim=10, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+
+    pipe = StableDiffusionXLPipeline(
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            sample_size=16,
+        ),
+        text_encoder=CLIPTextModel(text(8)),
+        text_encoder_2=CLIPTextModelWithProjection(text(12)),
+        tokenizer=tokenizer,
+        tokenizer_2=build_tokenizer(),
+        unet=tiny_unet(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=20,
+            transformer_layers_per_block=(1, 2),
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=10 + 6 * 4,
+            use_linear_projection=True,
+        ),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False),
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def xl(_shared_xl):
+    return copy.deepcopy(_shared_xl)
+
+
+def test_xl_rows_and_zero(xl):
+    milo = random_concept(xl.unet, "milo", "teddy bear", scale=3.0)
+    prompts = ["a teddy bear on the beach", "a cat", "a teddy bear"]
+    before = latents(xl, prompts)
+    with infusion.attach(xl, milo):
+        assert torch.equal(latents(xl, prompts), before)
+        after = latents(xl, ["a <milo> on the beach", "a cat", "a teddy bear"])
+        zero = latents(xl, ["a <milo:0> on the beach", "a cat", "a teddy bear"])
+    change = (after - before).abs().amax(dim=(1, 2, 3))
+    assert change[0] > 1e-3
+    assert change[1:].max() < 1e-4 * before.abs().max()
+    assert (zero - before).abs().max() < 1e-4 * before.abs().max()
+
+
+def test_xl_equals_the_naive_method(xl):
+    milo = random_concept(xl.unet, "milo", "dog", scale=2.0)
+    with infusion.attach(xl, milo):
+        states = infusion.encode(xl, ["a <milo> in the snow", "a cat"])
+        plan = Plan(((infusion_mention(xl),), ()), states["prompt_embeds"])
+    sample = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    extra = {"text_embeds": states["pooled_prompt_embeds"], "time_ids": torch.zeros(2, 6)}
+    streams = Streams(xl.unet)
+    streams.residuals = {"milo": milo.residuals}
+    with torch.no_grad(), streams.calls(plan):
+        ours = xl.unet(sample, 300, states["prompt_embeds"], added_cond_kwargs=extra).sample
+    streams.remove()
+    with torch.no_grad():
+        naive = naive_prediction(
+            xl.unet, sample, 300, states["prompt_embeds"], plan, streams.residuals, added_cond_kwargs=extra
+        )
+    assert (ours - naive).abs().max() < 1e-5 * naive.abs().max()
+
+
+def infusion_mention(pipe):
+    from infusion.prompts import parse
+
+    return parse("a <milo> in the snow", {"milo": "dog"}, pipe.tokenizer).mentions[0]
+
+
+def test_xl_second_prompt(xl):
+    milo = random_concept(xl.unet)
+    with infusion.attach(xl, milo):
+        same = latents(xl, "a <milo> here", prompt_2="a <milo> here")
+        assert torch.equal(same, latents(xl, "a <milo> here"))
+        other = latents(xl, "a <milo> here", prompt_2="a <milo> in the snow at the beach")
+        assert (other - same).abs().max() > 1e-4
+        with pytest.raises(InfusionError, match="prompt_2 must name the same concepts"):
+            latents(xl, "a <milo>", prompt_2="here is a <milo>")
+        with pytest.raises(InfusionError, match="negative prompt"):
+            latents(xl, "a <milo>", negative_prompt_2="a <milo>")
+
+
+def test_xl_learns(xl):
+    from PIL import Image
+
+    concept = infusion.learn(xl, [Image.effect_noise((20, 20), 80)], "dog", "milo", LearnConfig(steps=2, batch=2))
+    assert concept.base.family == "custom"
+    assert all(r.abs().max() > 0 for r in concept.residuals.values())
+
+
+def test_a_lora_beside_a_concept(pipe):
+    """ "Foundational" then means base plus LoRA."""
+    milo, empty = random_concept(pipe.unet), random_concept(pipe.unet, scale=0.0)
+    plain = latents(pipe, "a dog")
+    with infusion.attach(pipe, milo):
+        alone = latents(pipe, "a <milo>")
+        torch.manual_seed(0)
+        pipe.unet.add_adapter(
+            LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+        )
+        lora_base = latents(pipe, "a dog")
+        both = latents(pipe, "a <milo>")
+        sample, states = torch.randn(1, 4, 8, 8), torch.randn(1, 9, 12)
+        from infusion.prompts import Mention
+
+        plan = Plan(((Mention("milo", 1.0, (3,)),),), states)
+        streams = Streams(pipe.unet)
+        streams.residuals = {"milo": milo.residuals}
+        with torch.no_grad(), streams.calls(plan):
+            ours = pipe.unet(sample, 5, states).sample
+        streams.remove()
+        with torch.no_grad():
+            naive = naive_prediction(pipe.unet, sample, 5, states, plan, streams.residuals)
+        assert (ours - naive).abs().max() < 1e-5 * naive.abs().max()
+        pipe.unet.delete_adapters("default")
+        assert torch.equal(latents(pipe, "a <milo>"), alone)
+    assert (lora_base - plain).abs().max() > 1e-3
+    assert (both - lora_base).abs().max() > 1e-3
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False))
+    with infusion.attach(pipe, empty):
+        assert torch.allclose(latents(pipe, "a <milo>"), latents(pipe, "a dog"), atol=1e-5)
+
+
+def test_textual_inversion_tokens_beside_a_concept(pipe):
+    torch.manual_seed(0)
+    pipe.load_textual_inversion({"<cat-toy>": torch.randn(3, 12)}, token="<cat-toy>")
+    milo = random_concept(pipe.unet)
+    with infusion.attach(pipe, milo):
+        after = latents(pipe, "a <cat-toy> and <milo>")
+        zero = latents(pipe, "a <cat-toy> and <milo:0>")
+        with pytest.raises(InfusionError, match="<dog-toy> is unknown"):
+            latents(pipe, "a <dog-toy> and <milo>")
+        pipe.encode_prompt("a <cat-toy> and <milo>", torch.device("cpu"), 1, False)
+        from infusion.pipelines import _Session
+
+        plan = _Session.open[id(pipe.unet)].streams.plan
+    base = latents(pipe, "a <cat-toy> and dog")
+    assert (zero - base).abs().max() < 1e-5 * base.abs().max()
+    assert (after - base).abs().max() > 1e-3
+    ids = pipe.tokenizer(pipe.maybe_convert_prompt("a <cat-toy> and dog", pipe.tokenizer))["input_ids"]
+    (position,) = plan.rows[0][0].positions
+    assert pipe.tokenizer.convert_ids_to_tokens(ids[position]) == "dog</w>"
+
+
+def test_prompt_embeds(pipe):
+    milo = random_concept(pipe.unet)
+    prompts = ["a <milo> here", "a cat"]
+    with pytest.raises(InfusionError, match="inside `with infusion.attach"):
+        infusion.encode(pipe, prompts)
+    with infusion.attach(pipe, milo):
+        expected = latents(pipe, prompts, num_images_per_prompt=2)
+        states = infusion.encode(pipe, prompts)
+        generator = [torch.Generator().manual_seed(i) for i in range(4)]
+        given = latents(pipe, None, **states, num_images_per_prompt=2, generator=generator)
+        foreign = {k: v.clone() for k, v in states.items()}
+        plain = latents(pipe, None, **foreign, generator=generator[:2])
+    assert torch.equal(given, expected)
+    assert (plain[0] - given[0]).abs().max() > 1e-3
+
+
+def test_slicing_and_tiling(pipe):
+    milo = random_concept(pipe.unet)
+    with infusion.attach(pipe, milo):
+        before = latents(pipe, "a <milo>")
+        pipe.enable_attention_slicing(1)
+        pipe.vae.enable_tiling()
+        assert torch.allclose(latents(pipe, "a <milo>"), before, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(pipe, dtype):
+    milo = random_concept(pipe.unet)
+    with infusion.attach(pipe, milo):
+        exact = latents(pipe, "a <milo>")
+        half = latents(pipe.to(dtype), "a <milo>")
+    assert half.dtype == dtype
+    assert (half.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_bases_without_unet_are_refused():
+    class Transformer:
+        unet = None
+
+    with pytest.raises(InfusionError, match="not yet with transformer bases"):
+        infusion.attach(Transformer(), random_concept(tiny_unet()))
