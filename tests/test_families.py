@@ -182,7 +182,7 @@ def test_textual_inversion_tokens_beside_a_concept(pipe):
 def test_prompt_embeds(pipe):
     milo = random_concept(pipe.unet)
     prompts = ["a <milo> here", "a cat"]
-    with pytest.raises(InfusionError, match="inside `with infusion.attach"):
+    with pytest.raises(InfusionError, match=r"inside `with infusion\.attach"):
         infusion.encode(pipe, prompts)
     with infusion.attach(pipe, milo):
         expected = latents(pipe, prompts, num_images_per_prompt=2)
@@ -212,6 +212,34 @@ def test_half_precision(pipe, dtype):
         half = latents(pipe.to(dtype), "a <milo>")
     assert half.dtype == dtype
     assert (half.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_compiled_once_for_all_concepts(pipe):
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    milo, rex = random_concept(pipe.unet), random_concept(pipe.unet, "rex", seed=5)
+    prompts = ["a <milo> here", "a <milo:0.3> on the beach", "a <rex> in the snow", "a dog"]
+    with infusion.attach(pipe, milo, rex):
+        eager = [latents(pipe, p) for p in prompts]
+        pipe.unet.compile(backend=counting)
+        first = latents(pipe, prompts[0])
+        latents(pipe, "a dog")
+        latents(pipe, prompts[0])
+        count = len(graphs)
+        assert count > 0
+        compiled = [first, *(latents(pipe, p) for p in prompts[1:])]
+        for residual in milo.residuals.values():
+            residual.mul_(2)
+        doubled = latents(pipe, prompts[0])
+    with infusion.attach(pipe, random_concept(pipe.unet, "max", seed=9)):
+        latents(pipe, "a <max> here")
+    assert len(graphs) == count
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(eager, compiled, strict=True))
+    assert (doubled - first).abs().max() > 1e-3
 
 
 def test_bases_without_unet_are_refused():

@@ -228,7 +228,7 @@ def _parse(pipe: DiffusionPipeline, prompt: Any, words: Mapping[str, str], token
 
 
 def _pipelines_on(unet: nn.Module) -> list[DiffusionPipeline]:
-    return [o for o in gc.get_objects() if isinstance(o, DiffusionPipeline) and o.__dict__.get("unet") is unet]
+    return [o for o in gc.get_objects() if issubclass(type(o), DiffusionPipeline) and o.__dict__.get("unet") is unet]
 
 
 _stock_register = DiffusionPipeline.register_modules

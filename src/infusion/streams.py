@@ -87,7 +87,7 @@ class _Call:
     rows: Tensor  # (C,) customized rows
     entry_row: Tensor  # (E,) index into rows
     words: Tensor  # (E, m) strength on the word's tokens
-    names: list[str]  # (E,) concept of each entry
+    residuals: dict[str, Tensor]  # layer path -> residual of each entry (E, h * d)
     batch: int
     keep: Tensor | None = None  # rows that attention computes itself; None = all
     origin: Tensor | None = None  # for every row, its place among the kept ones
@@ -133,7 +133,10 @@ class Streams:
             self.plan, self.mode = before
 
     # --- hooks ---------------------------------------------------------------------------------
+    # The UNet's own two stay out of torch.compile's graphs: all that depends on a prompt or a concept is
+    # decided in them, so that compiled layers see tensors only and are not compiled again for another concept.
 
+    @torch.compiler.disable
     def _begin(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         bound = self._signature.bind(*args, **kwargs)
         states = bound.arguments["encoder_hidden_states"]
@@ -145,6 +148,7 @@ class Streams:
         bound.arguments = {k: _append_rows(v, rows, batch) for k, v in bound.arguments.items()}
         return bound.args, bound.kwargs
 
+    @torch.compiler.disable
     def _end(self, unet: nn.Module, args: tuple, output: Any) -> Any:
         call = self._call
         if call is None or self.mode != "joint" or not self.two_streams:
@@ -182,7 +186,7 @@ class Streams:
                 return None
             if call.origin is not None:
                 output = output[call.origin]
-        residual = self._entry_residuals(path, call, output)
+        residual = call.residuals.get(path)
         if residual is None:
             return output
         heat = word_heat(maps[call.entry_row], call.words)
@@ -223,7 +227,7 @@ class Streams:
             rows=torch.tensor(rows, device=device) + offset,
             entry_row=torch.tensor([c for c, _ in entries], device=device),
             words=words.to(device),
-            names=[m.name for _, m in entries],
+            residuals=self._entry_residuals([m.name for _, m in entries], states),
             batch=batch,
         )
         call.source = call.rows
@@ -239,14 +243,16 @@ class Streams:
             call.source = torch.tensor(list(foundation.values()), device=device)
         return call
 
-    def _entry_residuals(self, path: str, call: _Call, like: Tensor) -> Tensor | None:
-        """(E, h * d), zero where a concept has nothing in this layer; None where no concept has."""
-        found = [self.residuals[name].get(path) for name in call.names]
-        length = next((len(r) for r in found if r is not None), None)
-        if length is None:
-            return None
-        zero = torch.zeros(length)
-        return torch.stack([(zero if r is None else r).to(like.device, like.dtype) for r in found])
+    def _entry_residuals(self, names: list[str], like: Tensor) -> dict[str, Tensor]:
+        """Residuals of the named concepts, stacked per layer; zero where a concept has none in a layer that another has."""
+        stacked = {}
+        for path in self.layers:
+            found = [self.residuals.get(name, {}).get(path) for name in names]
+            length = next((len(r) for r in found if r is not None), None)
+            if length is not None:
+                zero = torch.zeros(length)
+                stacked[path] = torch.stack([(zero if r is None else r).to(like.device, like.dtype) for r in found])
+        return stacked
 
 
 def _maps(layer: Attention, hidden: Tensor, text: Tensor) -> Tensor:
