@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from infusion.errors import InfusionError
+from infusion.families import FAMILIES, Config, family_of, write_configuration
 from infusion.streams import require_unet
 
 EMBEDDED = "embedded"
@@ -77,11 +79,34 @@ def _load_other(base: str, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """A checkpoint in the original layout. Offline: configuration and tokenizers come with us."""
     if path.suffix != ".safetensors":
         raise InfusionError(f"{str(path)!r} is no .safetensors file; checkpoints that need pickle are not opened.")
-    xl = any(k.startswith("conditioner.embedders.1") for k in load_file(path))
-    kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
-    return kind.from_single_file(str(path), torch_dtype=dtype)
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a dict
+            hints = " ".join((file.metadata() or {}).values())
+    except SafetensorError as error:
+        raise InfusionError(f"{str(path)!r} is damaged or no safetensors file ({error}); get a fresh copy.") from None
+    family = family_of(shapes)
+    if family is None:
+        raise InfusionError(
+            f"{str(path)!r} is no Stable Diffusion 1.x, 2.x or XL checkpoint in the original layout; "
+            "other bases are given as a diffusers folder or a hub id."
+        )
+    components = dict(FAMILIES[family])
+    if family == "stable-diffusion-v2" and "512" in hints:  # 2.x of 512 pixels predicts noise, of 768 velocity
+        components["scheduler"] = {**components["scheduler"], "prediction_type": "epsilon"}
+        components["unet"] = {**components["unet"], "sample_size": 64}
+    return from_checkpoint(path, components, dtype)
+
+
+def from_checkpoint(path: Path, components: dict[str, Config], dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline of a checkpoint in the original layout with the given component configurations."""
+    kind = StableDiffusionXLPipeline if "text_encoder_2" in components else StableDiffusionPipeline
+    with tempfile.TemporaryDirectory() as folder:
+        config = write_configuration(components, Path(folder))
+        return kind.from_single_file(str(path), config=str(config), local_files_only=True, torch_dtype=dtype)
 
 
 def _best_device() -> str:

@@ -1,0 +1,108 @@
+"""Bases as people have them: diffusers folders and single checkpoint files, offline, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import infusion
+from infusion.base import from_checkpoint
+from infusion.errors import InfusionError
+from infusion.families import FAMILIES, clip_tokenizer, family_of
+from infusion.streams import value_lengths
+from tests.conftest import latents, random_concept, tiny_pipeline
+from tests.original_layout import original_layout
+
+# Stable Diffusion 1.5's configuration with small widths.
+TINY = {
+    "unet": {**FAMILIES["stable-diffusion-v1"]["unet"], "block_out_channels": [8, 8, 16, 16], "cross_attention_dim": 12, "attention_head_dim": 2, "norm_num_groups": 4, "sample_size": 8},
+    "vae": {**FAMILIES["stable-diffusion-v1"]["vae"], "block_out_channels": [4, 4, 8, 8], "norm_num_groups": 4, "sample_size": 64},
+    "text_encoder": {**FAMILIES["stable-diffusion-v1"]["text_encoder"], "hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 12},
+    "scheduler": FAMILIES["stable-diffusion-v1"]["scheduler"],
+}  # fmt: skip
+
+
+def tiny_sd15() -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_config(TINY["vae"]).eval(),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**TINY["text_encoder"])).eval(),
+        tokenizer=clip_tokenizer(),
+        unet=UNet2DConditionModel.from_config(TINY["unet"]).eval(),
+        scheduler=DDIMScheduler.from_config(TINY["scheduler"]),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_clip_tokenizer_is_clips():
+    """Token ids as published for CLIP."""
+    tokenizer = clip_tokenizer()
+    assert len(tokenizer) == 49408
+    assert tokenizer("a photo of a cat")["input_ids"] == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert tokenizer("Hello, world!")["input_ids"] == [49406, 3306, 267, 1002, 256, 49407]
+    padded = tokenizer("a", padding="max_length")["input_ids"]
+    assert padded == [49406, 320, *[49407] * 75]
+    assert clip_tokenizer("!")("a", padding="max_length")["input_ids"] == [49406, 320, 49407, *[0] * 74]
+
+
+@pytest.mark.parametrize(("family", "layers", "values"), [("stable-diffusion-v1", 16, 12_480), ("stable-diffusion-v2", 16, 12_480), ("stable-diffusion-xl-v1-base", 70, 83_200)])
+def test_families_have_the_known_layers(family, layers, values):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(FAMILIES[family]["unet"])
+    lengths = value_lengths(unet)
+    assert len(lengths) == layers
+    assert sum(lengths.values()) == values
+
+
+def test_a_single_checkpoint_file_offline(tmp_path):
+    pipe = tiny_sd15()
+    save_file(original_layout(pipe), tmp_path / "model.safetensors")
+    loaded = from_checkpoint(tmp_path / "model.safetensors", TINY, torch.float32)
+    loaded.set_progress_bar_config(disable=True)
+    for part in ("unet", "vae", "text_encoder"):
+        ours, theirs = getattr(pipe, part).state_dict(), getattr(loaded, part).state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    milo = random_concept(loaded.unet)
+    with infusion.attach(loaded, milo):
+        assert not torch.equal(latents(loaded, "a <milo>"), latents(loaded, "a dog"))
+    assert torch.equal(latents(loaded, "a dog"), latents(pipe, "a dog"))
+
+
+def test_families_are_told_by_their_shapes():
+    attention = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    assert family_of({attention: [320, 768]}) == "stable-diffusion-v1"
+    assert family_of({attention: [320, 1024]}) == "stable-diffusion-v2"
+    assert family_of({"conditioner.embedders.1.model.ln_final.weight": [1280]}) == "stable-diffusion-xl-v1-base"
+    assert family_of({attention: [320, 99]}) is None
+    assert family_of({"lora.up": [2, 2]}) is None
+
+
+def test_a_diffusers_folder(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "pipe")
+    loaded = infusion.load_base(tmp_path / "pipe", device="cpu")
+    assert torch.equal(latents(loaded, "a dog on the beach"), latents(pipe, "a dog on the beach"))
+    assert loaded.unet.dtype == torch.float32
+    assert infusion.load_base(tmp_path / "pipe", device="cpu", dtype="fp16").unet.dtype == torch.float16
+
+
+def test_refusals(tmp_path):
+    save_file({"lora.up": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
+    with pytest.raises(InfusionError, match="no Stable Diffusion"):
+        infusion.load_base(tmp_path / "lora.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense" * 9)
+    with pytest.raises(InfusionError, match="is damaged"):
+        infusion.load_base(tmp_path / "bad.safetensors")
+    (tmp_path / "model.ckpt").write_bytes(b"PK")
+    with pytest.raises(InfusionError, match="need pickle are not opened"):
+        infusion.load_base(tmp_path / "model.ckpt")
+    with pytest.raises(InfusionError, match="cannot be loaded"):
+        infusion.load_base("nobody/no-such-model")
