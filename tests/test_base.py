@@ -52,7 +52,14 @@ def test_clip_tokenizer_is_clips():
     assert clip_tokenizer("!")("a", padding="max_length")["input_ids"] == [49406, 320, 49407, *[0] * 74]
 
 
-@pytest.mark.parametrize(("family", "layers", "values"), [("stable-diffusion-v1", 16, 12_480), ("stable-diffusion-v2", 16, 12_480), ("stable-diffusion-xl-v1-base", 70, 83_200)])
+@pytest.mark.parametrize(
+    ("family", "layers", "values"),
+    [
+        ("stable-diffusion-v1", 16, 12_480),
+        ("stable-diffusion-v2", 16, 12_480),
+        ("stable-diffusion-xl-v1-base", 70, 83_200),
+    ],
+)
 def test_families_have_the_known_layers(family, layers, values):
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(FAMILIES[family]["unet"])

@@ -129,13 +129,16 @@ class Concept:
         parts = torch.from_numpy(unpack(payload, count, scheme)).split([n for _, n in layers])
         family = metadata["modelspec.architecture"].removesuffix("/infusion")
         side = metadata["modelspec.resolution"].partition("x")[0]
-        concept = cls(
-            metadata["infusion.name"],
-            metadata["infusion.word"],
-            {path: part.clone() for (path, _), part in zip(layers, parts, strict=True)},
-            _settings(metadata["infusion.settings"], source),
-            BaseInfo(family, int(side) if side.isdecimal() and len(side) < 6 else 0, metadata["infusion.base"]),
-        )
+        try:
+            concept = cls(
+                metadata["infusion.name"],
+                metadata["infusion.word"],
+                {path: part.clone() for (path, _), part in zip(layers, parts, strict=True)},
+                _settings(metadata["infusion.settings"], source),
+                BaseInfo(family, int(side) if side.isdecimal() and len(side) < 6 else 0, metadata["infusion.base"]),
+            )
+        except InfusionError as error:
+            raise InfusionError(f"{source} holds what no concept may: {error}") from None
         if concept.to_bytes(scheme) != content:
             raise InfusionError(
                 f"{source} is not as Infusion writes it (its header or padding was changed); get a fresh copy."
@@ -161,7 +164,8 @@ class Concept:
                     f"There is no concept file {str(path)!r}; give the path of a .safetensors file that `infusion train` wrote."
                 )
             with path.open("rb") as file:
-                content = file.read(MAX_FILE + 1)
+                size = os.fstat(file.fileno()).st_size
+                content = file.read(min(size, MAX_FILE) + 1)  # read() sets its argument's bytes aside at once
         except OSError as error:
             raise InfusionError(f"{str(path)!r} cannot be read ({error.strerror}); check its permissions.") from None
         return cls.from_bytes(content, repr(str(path)))

@@ -137,7 +137,13 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     lines = gzip.decompress(packed).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     merges = [(a, b) for a, b in (line.split() for line in lines)]
     symbols = list(bytes_to_unicode().values())
-    tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [
+        *symbols,
+        *(s + "</w>" for s in symbols),
+        *("".join(m) for m in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
@@ -159,7 +165,9 @@ def write_configuration(components: dict[str, Config], folder: Path) -> Path:
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
     }
-    tokenizers = {"tokenizer": clip_tokenizer("!" if components["unet"]["cross_attention_dim"] == 1024 else "<|endoftext|>")}
+    tokenizers = {
+        "tokenizer": clip_tokenizer("!" if components["unet"]["cross_attention_dim"] == 1024 else "<|endoftext|>")
+    }
     if xl:
         index |= {
             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
