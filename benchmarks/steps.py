@@ -35,7 +35,9 @@ def training_steps(pipe, lesson, batch: int) -> dict[str, Callable[[], None]]:
     """One optimizer step of each method on equal batches."""
 
     def infusion_step(two_streams: bool) -> Callable[[], None]:
-        residuals = {p: torch.zeros(n, requires_grad=True) for p, n in value_lengths(pipe.unet).items()}
+        residuals = {
+            p: torch.zeros(n, requires_grad=True, device=pipe.unet.device) for p, n in value_lengths(pipe.unet).items()
+        }
         optimizer = torch.optim.AdamW(residuals.values(), 0.02)
         generator = torch.Generator().manual_seed(0)
 

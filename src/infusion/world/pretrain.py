@@ -45,7 +45,7 @@ class PretrainConfig:
     warmup: int = 200
     decay: float = 0.3  # share of the time, at the end, over which the learning rate falls to zero
     caption_dropout: float = 0.1
-    grounding_weight: float = 0.1
+    grounding_weight: float = 1.0
     ema: float = 0.999
     seed: int = 0
     from_weights: bool = False
@@ -114,14 +114,17 @@ def train_base(
         [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}],
         config.learning_rate,
         betas=(0.9, 0.99),
+        fused=True,
     )
-    ema = EMAModel(networks.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75)
+    ema = EMAModel(networks.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75, foreach=True)
     step, spent = 0, 0.0
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         networks.load_state_dict(state["networks"])
         optimizer.load_state_dict(state["optimizer"])
+        for group in optimizer.param_groups:
+            group["fused"] = True
         ema.load_state_dict(state["ema"])
         step, spent = state["step"], state["seconds"]
     alphas = build_scheduler().alphas_cumprod.to(device)

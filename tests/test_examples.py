@@ -1,0 +1,76 @@
+"""The examples and benchmarks run, small."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import infusion
+from infusion.demo import MILO, draw_photos
+from tests.conftest import random_concept
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(name: str):
+    """A script of the repository as a module."""
+    path = ROOT / f"{name}.py"
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_ten_lines(tmp_path):
+    photos = draw_photos(MILO, tmp_path / "photos", count=2)
+    picture = script("examples/ten_lines").main(photos, tmp_path, steps=2)
+    with Image.open(picture) as image:
+        assert image.size == (64, 64)
+
+
+def test_composing(tmp_path):
+    unet = infusion.load_base(device="cpu").unet
+    paths = [
+        random_concept(unet, name, word).save(tmp_path / name) for name, word in (("milo", "dog"), ("tuna", "fish"))
+    ]
+    assert script("examples/composing").main(*paths, out=tmp_path, steps=2).exists()
+
+
+def test_step_benchmark(tmp_path):
+    result = script("benchmarks/steps").main(rounds=1, batch=1, count=1, sampling_steps=1, out=tmp_path / "steps.json")
+    assert set(result["training"]["seconds_per_step"]) >= {
+        "Infusion, two streams",
+        "LoRA (peft, rank 4)",
+        "full fine-tune",
+    }
+    assert (tmp_path / "steps.json").exists()
+
+
+def test_format_benchmark():
+    rows = {name: (size, error) for name, size, error in script("benchmarks/formats").main()}
+    ours = next(row for name, row in rows.items() if "ours" in name)
+    assert ours[0] == 9_750
+    assert ours[1] < 0.05
+
+
+@pytest.mark.slow
+def test_gallery(tmp_path):
+    script("benchmarks/gallery").main(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"world.png", "base.png", "maps.png"}
+
+
+@pytest.mark.slow
+def test_real_size(tmp_path):
+    """Stable Diffusion 1.5's true configuration, random weights: minutes and about 10 GB."""
+    Image.effect_noise((600, 512), 90).save(tmp_path / "photo.png")
+    result = script("benchmarks/real_size").main(tmp_path, "dog", "stable-diffusion-v1", None, None)
+    assert (result["layers"], result["values"]) == (16, 12_480)
+    assert result["file_bytes"] <= 11_264
+    assert result["parity_over_max_eps"] < 1e-4
+    assert torch.get_num_threads() >= 1

@@ -1,0 +1,157 @@
+"""Pretraining in small: every stage runs, resumes, and what is shipped equals what was trained."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, psnr, standardize, train_autoencoder
+from infusion.world.dataset import build_dataset, load_dataset
+from infusion.world.grounding import grounding_loss, map_gate, recorded_maps
+from infusion.world.models import build_autoencoder, build_pipeline, build_scheduler, build_text_encoder, build_unet
+from infusion.world.pretrain import PretrainConfig, measure_maps, sample_batch, train_base
+from infusion.world.release import read_weights, write_weights
+from infusion.world.tokenizer import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for _ in build_dataset(folder, 64, seed=1, workers=2):
+        pass
+    return load_dataset(folder)
+
+
+def test_the_autoencoder_learns_and_resumes_exactly(data, tmp_path):
+    config = AutoencoderConfig(steps=12, batch=4, warmup=2, save_every=6, whole=0.25)
+    accelerator = Accelerator(cpu=True)
+    errors = {step: mse for step, mse, _ in train_autoencoder(data, tmp_path, config, accelerator)}
+    assert errors[12] < errors[1]
+    resumed_folder = tmp_path / "again"
+    resumed_folder.mkdir()
+    for step, _, _ in train_autoencoder(data, resumed_folder, config, accelerator):
+        if step == 8:  # two steps after the last checkpoint
+            break
+    resumed = {step: mse for step, mse, _ in train_autoencoder(data, resumed_folder, config, accelerator)}
+    assert list(resumed) == list(range(7, 13))
+    assert next(train_autoencoder(data, resumed_folder, config, accelerator))[0] == 12
+
+
+def test_standardized_latents_decode_to_the_same_picture(data):
+    torch.manual_seed(0)
+    model = build_autoencoder().eval()
+    before = encode_dataset(model, data)
+    decoded = model.decode(before.float()).sample
+    spread = model.encode(torch.zeros(1, 3, 64, 64)).latent_dist.std
+    scale = before.float().std(dim=(0, 2, 3))
+    after = standardize(model, before)
+    assert torch.allclose(after.float().mean(dim=(0, 2, 3)), torch.zeros(6), atol=1e-2)
+    assert torch.allclose(after.float().std(dim=(0, 2, 3)), torch.ones(6), atol=1e-2)
+    assert torch.allclose(encode_dataset(model, data).float(), after.float(), atol=1e-2)
+    assert torch.allclose(model.decode(after.float()).sample, decoded, atol=2e-2)
+    new_spread = model.encode(torch.zeros(1, 3, 64, 64)).latent_dist.std
+    assert torch.allclose(new_spread * scale[None, :, None, None], spread, rtol=1e-3)
+    assert psnr(model, data.pixels[:4]) > 0
+
+
+def test_the_base_trains_resumes_and_keeps_its_processors(data, tmp_path):
+    latents = torch.randn(64, 6, 16, 16, generator=torch.Generator().manual_seed(0)).half()
+    config = PretrainConfig(scenes=64, minutes=60, batch=4, warmup=1, save_every=2)
+    accelerator = Accelerator(cpu=True)
+
+    def parts():
+        torch.manual_seed(0)
+        return build_text_encoder(build_tokenizer()), build_unet()
+
+    text, unet = parts()
+    processors = dict(unet.attn_processors)
+    straight = []
+    for p in train_base(text, unet, latents, data, tmp_path, config, accelerator):
+        straight.append(p)
+        if p.step == 3:  # one step after the last checkpoint
+            break
+    resumed = next(train_base(*parts(), latents, data, tmp_path, config, accelerator))
+    assert resumed.step == 3
+    assert resumed.seen == 12
+    assert resumed.denoising == pytest.approx(straight[2].denoising, rel=1e-3)
+    assert unet.attn_processors.keys() == processors.keys()
+    gate = measure_maps(text, unet, latents, data, count=16, timesteps=(500,))
+    assert 0 <= gate.peak <= 1
+    assert gate.count > 10
+
+
+def test_captions_are_dropped_to_the_empty_prompt(data):
+    latents = torch.zeros(64, 6, 16, 16)
+    batch = sample_batch(latents, data, np.arange(8), np.random.default_rng(0), dropout=1.0)
+    empty = build_tokenizer()("", padding="max_length", return_tensors="pt")["input_ids"]
+    assert torch.equal(batch.ids, empty.expand(8, -1))
+    assert not batch.words.any()
+
+
+def test_grounding_loss_against_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(2, 3, 64, 5, generator=generator).softmax(-1)
+    words = torch.zeros(2, 2, 5, dtype=torch.bool)
+    words[0, 0, 1] = words[0, 1, 3] = words[1, 0, 2] = True
+    masks = torch.zeros(2, 2, 16, 16)
+    masks[0, 0, :8] = masks[0, 1, 8:] = 1
+    masks[1, 0, :, 4:12] = 0.5
+    expected = []
+    for b, s in ((0, 0), (0, 1), (1, 0)):
+        heat = maps[b, :, :, words[b, s]].sum(-1).mean(0)
+        inside = masks[b, s].view(8, 2, 8, 2).mean((1, 3)).flatten()
+        share, level = (heat * inside).sum() / heat.sum(), (heat * inside).sum() / inside.sum()
+        expected.append((1 - share) ** 2 + (level - 0.5) ** 2)
+    assert float(grounding_loss([maps], words, masks)) == pytest.approx(float(sum(expected) / 3), rel=1e-4)
+
+
+def test_the_gate_on_perfect_and_swapped_maps():
+    masks = torch.zeros(1, 3, 16, 16)
+    masks[0, 0, 2:8, 2:8] = masks[0, 1, 9:14, 9:14] = 1
+    words = torch.zeros(1, 3, 6, dtype=torch.bool)
+    words[0, 0, 1] = words[0, 1, 4] = True
+    perfect = map_gate(masks.clone(), words, masks)
+    assert perfect.passed
+    assert (perfect.peak, perfect.own, perfect.iou, perfect.count) == (1.0, 1.0, 1.0, 2)
+    swapped = map_gate(masks[:, [1, 0, 2]], words, masks)
+    assert (swapped.peak, swapped.own) == (0.0, 0.0)
+    assert not swapped.passed
+
+
+def test_recorded_maps_are_the_stock_attention_and_go_away():
+    torch.manual_seed(0)
+    unet = build_unet().eval()
+    x, text = torch.randn(2, 6, 16, 16), torch.randn(2, 32, 128)
+    processors = dict(unet.attn_processors)
+    with torch.no_grad():
+        before = unet(x, 5, text).sample
+        with recorded_maps(unet) as records:
+            during = unet(x, 5, text).sample
+    assert torch.allclose(before, during, atol=1e-4)
+    assert [tuple(m.shape) for m in records] == [
+        (2, 2, 256, 32),
+        (2, 4, 64, 32),
+        (2, 4, 64, 32),
+        (2, 4, 64, 32),
+        (2, 2, 256, 32),
+        (2, 2, 256, 32),
+    ]
+    assert all(torch.allclose(m.sum(-1), torch.ones_like(m[..., 0])) for m in records)
+    assert dict(unet.attn_processors) == processors
+
+
+def test_what_is_shipped_is_what_was_trained(tmp_path):
+    pipe = build_pipeline()
+    networks = {"vae": pipe.vae, "text_encoder": pipe.text_encoder, "unet": pipe.unet}
+    index = write_weights(networks, tmp_path)
+    assert len(index["files"]["unet"]) == 2
+    assert max(p.stat().st_size for p in tmp_path.glob("*.safetensors")) < 15_000_000
+    for part, network in networks.items():
+        read = read_weights(part, tmp_path)
+        assert read.keys() == network.state_dict().keys()
+        assert all(
+            torch.equal(read[k], v.half().float()) for k, v in network.state_dict().items() if v.is_floating_point()
+        )
+    assert build_scheduler().config["prediction_type"] == "v_prediction"
