@@ -74,7 +74,9 @@ def maps_sheet(pipe, path: Path, count: int = 12) -> None:
     ids = torch.from_numpy(np.stack([e[0] for e in encoded]).astype(np.int64))
     words = torch.from_numpy(np.stack([e[1] for e in encoded]))
     alpha = pipe.scheduler.alphas_cumprod[500]
-    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * torch.randn(
+        clean.shape, generator=torch.Generator().manual_seed(0)
+    )
     with recorded_maps(pipe.unet) as records:
         pipe.unet(noisy, 500, pipe.text_encoder(ids).last_hidden_state)
         heat = mean_heat(records, words, 16)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import sys
 import time
 from pathlib import Path
 
@@ -26,10 +25,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import infusion
 from infusion.families import FAMILIES, clip_tokenizer
 from infusion.lesson import encode_texts
+from infusion.naive import naive_prediction
 from infusion.streams import Plan, Streams, value_lengths
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.naive import naive_prediction
 
 XL = "stable-diffusion-xl-v1-base"
 

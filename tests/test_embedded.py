@@ -12,6 +12,7 @@ import torch
 import infusion
 from infusion.demo import MILO, PROMPTS, compare, draw_photos
 from infusion.lesson import encode_pictures, encode_texts
+from infusion.naive import naive_prediction
 from infusion.prompts import Mention
 from infusion.streams import Plan, Streams, value_lengths
 from infusion.training import LearnConfig
@@ -21,7 +22,6 @@ from infusion.world.grounding import map_gate, mean_heat, recorded_maps
 from infusion.world.release import WEIGHTS
 from infusion.world.scenes import held_out, random_scene, render
 from tests.conftest import latents, random_concept
-from tests.naive import naive_prediction
 
 
 @pytest.fixture(scope="module")

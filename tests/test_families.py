@@ -12,11 +12,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import infusion
 from infusion.errors import InfusionError
+from infusion.naive import naive_prediction
 from infusion.streams import Plan, Streams
 from infusion.training import LearnConfig
 from infusion.world.tokenizer import build_tokenizer
 from tests.conftest import latents, random_concept, tiny_unet
-from tests.naive import naive_prediction
 
 
 @pytest.fixture(scope="session")

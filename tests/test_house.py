@@ -17,7 +17,7 @@ ORDER = (
     ("world",),
     ("prompts", "packing"),
     ("concept", "streams", "photos"),
-    ("pipelines", "lesson"),
+    ("pipelines", "lesson", "naive"),
     ("training", "methods", "generation", "base", "sheets", "report"),
     ("demo",),
     ("cli",),

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from infusion.errors import InfusionError
+from infusion.naive import naive_prediction
 from infusion.prompts import Mention
 from infusion.streams import Plan, Streams, cross_attention_layers, value_lengths
 from tests.conftest import random_concept, tiny_unet
-from tests.naive import naive_prediction
 
 BATCH, TOKENS = 3, 9
 

@@ -1,9 +1,16 @@
-"""The method written out: two passes, explicit maps, loops over rows and heads. Slow, and easy to check
-against the equations of docs/idea.md; what tests hold the real thing to."""
+"""The method written out: two passes, explicit maps, loops over rows and heads.
+
+Slow, and easy to check against the equations of docs/idea.md; what tests and benchmarks hold the real thing to.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from infusion.streams import Plan, cross_attention_layers
@@ -13,9 +20,17 @@ class _Explicit:
     """Cross-attention with explicit maps; given maps replace its own, added values go to the text's values."""
 
     def __init__(self, given: Tensor | None = None, added: Tensor | None = None) -> None:
-        self.given, self.added, self.maps = given, added, None
+        self.given, self.added = given, added
+        self.maps: Tensor | None = None
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
         q, k, v = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         if self.added is not None:
             v = v + self.added
@@ -35,9 +50,19 @@ class _Explicit:
 
 
 def naive_prediction(
-    unet, sample: Tensor, timestep, states: Tensor, plan: Plan, residuals: dict, two_streams: bool = True, **kwargs
+    unet: UNet2DConditionModel,
+    sample: Tensor,
+    timestep: Tensor | int,
+    states: Tensor,
+    plan: Plan,
+    residuals: Mapping[str, Mapping[str, Tensor]],
+    two_streams: bool = True,
+    **kwargs: Any,
 ) -> Tensor:
-    """The customized noise prediction of rows that follow `plan` (conditional rows only)."""
+    """The customized noise prediction of rows that follow `plan` (conditional rows only).
+
+    residuals: concept name -> layer path -> residual. kwargs go to the UNet.
+    """
     layers = cross_attention_layers(unet)
     stock = dict(unet.attn_processors)
     try:
