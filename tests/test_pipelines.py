@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    ControlNetModel,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
+)
 
 import infusion
 from infusion.errors import InfusionError
@@ -127,6 +135,40 @@ def test_siblings_made_before_and_inside(pipe, milo):
     assert (drawn[0] - base).abs().max() > 1e-3
     for p in (earlier, later, pipe):
         assert "encode_prompt" not in vars(p)
+
+
+def test_controlnet_and_inpainting(pipe, milo):
+    torch.manual_seed(0)
+    control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8)).eval()
+    control.controlnet_cond_embedding.conv_out.weight.data.normal_()
+    for block in (*control.controlnet_down_blocks, control.controlnet_mid_block):
+        block.weight.data.normal_(std=0.1)
+    image, mask = torch.rand(1, 3, 16, 16), torch.ones(1, 1, 16, 16)
+    guided = StableDiffusionControlNetPipeline.from_pipe(pipe, controlnet=control, torch_dtype=torch.float32)
+    inpaint = StableDiffusionInpaintPipeline.from_pipe(pipe, torch_dtype=torch.float32)
+
+    def draw(pipeline, prompts, **kwargs):
+        generator = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+        options = {"num_inference_steps": 2, "generator": generator, "output_type": "latent", "width": 16, "height": 16}
+        return pipeline(prompts, **options, **kwargs).images
+
+    for pipeline, kwargs in ((guided, {"image": image}), (inpaint, {"image": image, "mask_image": mask})):
+        pipeline.set_progress_bar_config(disable=True)
+        base = draw(pipeline, ["a dog", "a cat"], **kwargs)
+        with infusion.attach(pipeline, milo):
+            assert torch.equal(draw(pipeline, ["a dog", "a cat"], **kwargs), base)
+            after = draw(pipeline, ["a <milo>", "a cat"], **kwargs)
+            empty = draw(pipeline, ["a <milo:0>", "a cat"], **kwargs)
+        assert (after[0] - base[0]).abs().max() > 1e-3
+        assert (after[1] - base[1]).abs().max() < 1e-4 * base.abs().max()
+        assert (empty - base).abs().max() < 1e-4 * base.abs().max()
+
+
+def test_guidance_with_more_rows_is_refused(pipe, milo):
+    pag = StableDiffusionPAGPipeline.from_pipe(pipe, torch_dtype=torch.float32, pag_applied_layers=["mid"])
+    pag.set_progress_bar_config(disable=True)
+    with infusion.attach(pag, milo), pytest.raises(InfusionError, match="switch off perturbed-attention"):
+        pag("a <milo>", num_inference_steps=1, output_type="latent", pag_scale=2.0)
 
 
 def test_nested_and_repeated_attachments(pipe, milo, rex):

@@ -71,6 +71,22 @@ def test_the_pipeline_is_as_before_also_after_an_early_stop(pipe, photos):
     assert all(torch.equal(v, weights[k]) for k, v in pipe.unet.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_learns_what_fp32_learns(pipe, photos, dtype):
+    config = LearnConfig(steps=10, batch=8, learning_rate=0.5)
+    exact = infusion.learn(pipe, photos, "dog", "milo", config)
+    half = infusion.learn(pipe.to(dtype), photos, "dog", "milo", config)
+    a, b = (torch.cat(list(c.residuals.values())) for c in (exact, half))
+    assert torch.cosine_similarity(a, b, dim=0) > 0.9
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_remedy(pipe, photos):
+    pipe.unet.conv_out.weight.data.fill_(float("nan"))
+    with pytest.raises(InfusionError, match="loss is nan at step 1; learn in fp32"):
+        infusion.learn(pipe, photos, "dog", "milo", LearnConfig(steps=2, batch=2))
+    assert not any(m._forward_hooks for m in pipe.unet.modules())
+
+
 def test_layers_can_be_chosen(pipe, photos):
     concept = infusion.learn(pipe, photos, "dog", "milo", LearnConfig(steps=1, batch=2, layers=("up_blocks",)))
     assert len(concept.residuals) == 4

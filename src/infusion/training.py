@@ -97,6 +97,9 @@ def learning(
         )
     base = base_info(pipe)
     optimizer = torch.optim.AdamW(residuals.values(), config.learning_rate)
+    scaler = torch.amp.GradScaler(
+        unet.device.type, enabled=unet.dtype == torch.float16
+    )  # small gradients vanish in fp16
     generator = torch.Generator().manual_seed(config.seed)
     frozen = [p for p in unet.parameters() if p.requires_grad]
     training = unet.training
@@ -110,8 +113,13 @@ def learning(
         for step in range(1, config.steps + 1):
             draw = lesson.draw(config.batch, generator)
             loss = masked_loss(predict(streams, draw), draw)
-            loss.backward()
-            optimizer.step()
+            if not bool(torch.isfinite(loss)):
+                raise InfusionError(
+                    f"The loss is {float(loss)} at step {step}; learn in fp32 or bf16, or with a lower learning rate than {config.learning_rate}."
+                )
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
             settings = {**_plain(config), "steps": step}
             learned = Concept(name, word, {k: v.detach() for k, v in residuals.items()}, settings, base)

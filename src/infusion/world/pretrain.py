@@ -268,7 +268,7 @@ def main() -> None:
     """Command line; every field of PretrainConfig that users vary is an option."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where data, checkpoints and the log live")
-    for name in ("scenes", "minutes", "batch", "learning_rate", "grounding_weight", "seed"):
+    for name in ("scenes", "minutes", "batch", "learning_rate", "decay", "grounding_weight", "seed"):
         default = getattr(PretrainConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     parser.add_argument("--autoencoder-steps", type=int, default=AutoencoderConfig().steps)
