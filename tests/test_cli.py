@@ -173,6 +173,7 @@ def test_ctrl_c_keeps_what_was_learned(photos, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
     )
     seen = ""
     deadline = time.monotonic() + 120

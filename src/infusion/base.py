@@ -34,7 +34,9 @@ def load_base(
     pipe = _load_embedded() if str(base) == EMBEDDED else _load_other(str(base), dtype)
     require_unet(pipe)
     try:
-        pipe = pipe.to(device, dtype)
+        pipe = pipe.to(device)
+        if pipe.unet.dtype != dtype:
+            pipe = pipe.to(dtype)
     except (RuntimeError, AssertionError) as error:
         raise InfusionError(
             f"The device {device!r} is not usable here ({str(error).splitlines()[0]}); use --device cpu."

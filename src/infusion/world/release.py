@@ -62,7 +62,7 @@ def _shards(state: dict[str, Tensor]) -> Iterable[dict[str, Tensor]]:
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The run's log, one dict a line; where a part was run again, the later lines count."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    latest = {(line["stage"], line.get("step", 0)): line for line in lines}
+    latest = {(line["stage"], line.get("step", line["time"])): line for line in lines}
     return sorted(latest.values(), key=lambda line: line["time"])
 
 
@@ -86,7 +86,8 @@ def draw_curve(log: list[dict[str, Any]], path: Path) -> None:
 
 def model_card(log: list[dict[str, Any]], index: dict[str, Any], folder: Path) -> str:
     """The card in Markdown, from the run's own log."""
-    start = next(line for line in log if line["stage"] == "start")
+    starts = [line for line in log if line["stage"] == "start"]
+    start = starts[0]
     base = [line for line in log if line["stage"] == "base"]
     coder = [line for line in log if line["stage"] == "autoencoder"]
     gate = next((line for line in reversed(log) if line["stage"] == "done"), {})
@@ -105,8 +106,9 @@ nothing else.
 | SHA-256 over the shards, in the order of `index.json` | `{index["sha256"]}` |
 | training set | {start["scenes"]:,} scenes drawn once, four captions each; held-out combinations never drawn (`scenes.held_out`) |
 | autoencoder | {coder[-1]["step"]:,} steps of {start["autoencoder"]["batch"]} crops of 32x32, the last 15 % on whole scenes; {coder[-1]["psnr"]:.1f} dB PSNR on 64 of its scenes |
-| text encoder and UNet | {seen:,} pictures seen ({base[-1]["step"]:,} steps of {start["batch"]}), v-prediction, AdamW {start["learning_rate"]}, averaged weights ({start["ema"]}), captions dropped {start["caption_dropout"]:.0%} |
-| grounding term | weight {start["grounding_weight"]}, layers of 16x16 and 8x8 |
+| text encoder and UNet | {seen:,} pictures seen ({base[-1]["step"]:,} steps of {start["batch"]}), v-prediction, AdamW, averaged weights ({start["ema"]}), captions dropped {start["caption_dropout"]:.0%} |
+| learning rate and grounding weight | {_parts(starts, base)}; the rate falls to zero over the last {starts[-1]["decay"]:.0%} |
+| grounding term | layers of 16x16 and 8x8 |
 | hardware | {platform.machine()}, {torch.get_num_threads()} CPU threads, bf16 autocast, torch {torch.__version__} |
 | wall time | text encoder and UNet {seconds / 60:.0f} min, with other work beside it |
 | map gate | peak inside the mask {gate.get("peak", float("nan")):.1%}, soft IoU {gate.get("iou", float("nan")):.2f}, inside/outside {gate.get("ratio", float("nan")):.1f}, two subjects each on its own {gate.get("own", float("nan")):.1%} ({gate.get("count", 0)} subjects) |
@@ -120,6 +122,18 @@ Train it again: `python -m infusion.world.pretrain --folder runs/base --minutes 
 `python -m infusion.world.release --folder runs/base`. It uses a GPU where there is one. Go on from these weights
 alone: add `--from-weights` and a new folder.
 """
+
+
+def _parts(starts: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
+    """The settings that changed between the resumed parts of a run, each from the pictures seen on."""
+    parts: list[str] = []
+    for start in starts:
+        seen = max((line["seen"] for line in base if line["time"] <= start["time"]), default=0)
+        after = next((line for line in base if line["time"] > start["time"]), None)
+        setting = f"{start['learning_rate']:g} and {start['grounding_weight']:g}"
+        if after and (not parts or not parts[-1].endswith(setting)):
+            parts.append(f"from {seen:,}: {setting}")
+    return ", ".join(parts)
 
 
 def main() -> None:
