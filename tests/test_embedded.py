@@ -23,7 +23,6 @@ from infusion.world.release import WEIGHTS
 from infusion.world.scenes import held_out, random_scene, render
 from tests.conftest import latents, random_concept
 
-
 # What the shipped base must keep to; the project's bar is 0.9, 0.5 and 0.8 (`MapGate.passed`), see its model card.
 GATE_PEAK, GATE_IOU, GATE_OWN = 0.75, 0.35, 0.7
 
@@ -120,6 +119,6 @@ def test_the_chain_from_photos_to_pictures(base, tmp_path):
     )
     assert len(result.base) == len(result.infusion) == len(result.finetune) == len(PROMPTS)
     for prompt, plain, customized in zip(PROMPTS, result.base, result.infusion, strict=True):
-        assert ("{}" in prompt) or np.abs(np.asarray(plain.image, int) - np.asarray(customized.image, int)).max() <= 1
+        assert ("{}" in prompt) or plain.image.tobytes() == customized.image.tobytes()
     assert {label for label, *_ in told} >= {"Learning <milo> with Infusion", "Drawing <milo>"}
     assert all(done <= of for _, done, of in told)

@@ -28,7 +28,7 @@ from infusion.training import LearnConfig, learning
 from infusion.world.scenes import few_modalities, render
 from infusion.world.subjects import Subject
 
-# Milo: striped, in colours no word of the prompts names; photographed in the meadow, in the centre.
+# Milo: in colours that no prompt names; photographed in the meadow, in the centre.
 MILO = Subject("dog", "purple", "yellow", "spotted", "none", (0.55, 0.7, 0.5, 0.35))
 NAME = "milo"
 PHOTOS_BACKGROUND = "meadow"
@@ -101,9 +101,16 @@ def compare(
         return state.concept
 
     def drawn(label: str, pipe: DiffusionPipeline, subject: str) -> list[Picture]:
-        texts = [p.format(subject) for p in prompts]
-        seeds = [1000 * (seed + 1) + i for i in range(len(texts))]
-        return generate(pipe, texts, seeds, on_step=lambda done, of: progress(label, done, of))
+        # Prompts that do not name the subject are drawn apart: other rows in a batch change a picture by kernel tolerance.
+        numbers = range(len(prompts))
+        pictures: dict[int, Picture] = {}
+        for named in (True, False):
+            part = [i for i in numbers if ("{}" in prompts[i]) == named]
+            texts, seeds = [prompts[i].format(subject) for i in part], [1000 * (seed + 1) + i for i in part]
+            told = label if named else f"{label}, other prompts"
+            done = generate(pipe, texts, seeds, on_step=lambda a, b, told=told: progress(told, a, b))
+            pictures |= dict(zip(part, done, strict=True))
+        return [pictures[i] for i in numbers]
 
     plain = f"a {word}"
     concept = learned(f"Learning <{name}> with Infusion", config)
@@ -155,8 +162,6 @@ def _page(result: Compared, config: LearnConfig, seconds: float) -> Page:
     samples = config.steps * config.batch
     learned, tuned = (s for _, s in sorted(result.seconds.items(), key=lambda kv: not kv[0].startswith("Learning")))
     size = result.concept_path.stat().st_size
-    values = sum(1 for _ in PROMPTS)
-    del values
     return Page(
         title="Milo, learned from four pictures",
         lead=f"A small text-to-image model was shown one {MILO.kind} in one place. Below: what it can draw of it afterwards, "
@@ -175,7 +180,7 @@ def _page(result: Compared, config: LearnConfig, seconds: float) -> Page:
             Grid(
                 "Same prompts, same seeds",
                 "Every column is one prompt and one seed. The last two prompts do not name the subject at all.",
-                [p.format(f"<{NAME}>" if "{}" in p else "") for p in PROMPTS],
+                [p.format(f"<{NAME}>") for p in PROMPTS],
                 [
                     Row(
                         "Base model",

@@ -168,14 +168,16 @@ def encode_texts(pipe: DiffusionPipeline, prompts: Sequence[str], words: dict[st
 def encode_pictures(pipe: DiffusionPipeline, pictures: Sequence[Image.Image], batch: int = 8) -> Tensor:
     """Pictures of one size -> latents scaled as the UNet expects them (the posterior's mode)."""
     vae, dtype = pipe.vae, pipe.vae.dtype
-    if dtype == torch.float16 and vae.config.force_upcast:  # SDXL's overflows in fp16
+    upcast = dtype == torch.float16 and vae.config.force_upcast  # SDXL's overflows in fp16
+    if upcast:
         vae.to(torch.float32)
     x = to_tensor(pictures)
     parts = [
         vae.encode(x[i : i + batch].to(vae.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
         for i in range(0, len(x), batch)
     ]
-    vae.to(dtype)
+    if upcast:
+        vae.to(dtype)
     unet = require_unet(pipe)
     return torch.cat(parts).to(unet.device, unet.dtype)
 
