@@ -11,8 +11,6 @@ import argparse
 import json
 from pathlib import Path
 
-from PIL import Image
-
 import infusion
 from infusion.demo import PROMPTS, compare, draw_photos, mask_overlays
 from infusion.generation import generate
@@ -73,7 +71,44 @@ def main(docs: Path = Path("docs"), work: Path = Path("outputs/subjects"), only:
             print(name, figures[name]["seconds"], flush=True)
     if only is None:
         (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-        Image.open(folder / "milo.png").verify()
+    write_page(docs)
+
+
+# What was seen in the sheets, in plain words; look at them again whenever they are drawn anew.
+READING = """
+_READING_
+"""
+
+
+def write_page(docs: Path) -> Path:
+    """docs/subjects.md from the sheets and figures in docs/subjects."""
+    figures = json.loads((docs / "subjects" / "figures.json").read_text())
+    parts = [
+        "# Five subjects, each from four photos in one place",
+        "None of these individuals occurs in the base's training. Every column is one prompt and one seed, the same for all rows; the last two "
+        "prompts do not name the subject. 200 steps of 8 samples for every method. `python benchmarks/subjects.py` makes this page.",
+        READING.strip(),
+    ]
+    for name, subject, background in SUBJECTS:
+        seconds = ", ".join(f"{label.lower()} {value:.0f} s" for label, value in figures[name]["seconds"].items())
+        parts += [
+            f"## <{name}>, {described(subject)}; photos {background}",
+            f"![photos and masks](subjects/{name}-photos.png)",
+            f"![sheet](subjects/{name}.png)",
+            f"Seconds on two CPU cores with other work beside it: {seconds}.",
+        ]
+    norms = {name: figures[name]["norms"] for name, *_ in SUBJECTS}
+    layers = list(next(iter(norms.values())))
+    parts += [
+        "## Norms of the residuals per layer",
+        "\n".join(
+            ["| layer | " + " | ".join(norms) + " |", "|---" * (len(norms) + 1) + "|"]
+            + [f"| `{layer}` | " + " | ".join(f"{n[layer]:.1f}" for n in norms.values()) + " |" for layer in layers]
+        ),
+    ]
+    page = docs / "subjects.md"
+    page.write_text("\n\n".join(parts) + "\n")
+    return page
 
 
 def _quiet(label: str, done: int, of: int) -> None:
