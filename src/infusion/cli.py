@@ -194,15 +194,13 @@ def inspect(
 def main() -> None:
     """Entry point: errors of ours are one sentence, never a traceback."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False) or 0)  # a command's typer.Exit comes back as its code
     except InfusionError as error:
         say.print(f"[red]Error:[/red] {error}", markup=True, soft_wrap=True)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         say.print("Stopped.")
         sys.exit(130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except Exception as error:
         show = getattr(error, "show", None)  # click's usage errors know how to show themselves
         if show is None:
