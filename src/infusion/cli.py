@@ -138,12 +138,12 @@ def generate(
         from infusion.sheets import square_grid
 
         concepts = [Concept.load(path) for path in concept or []]
+        _refuse_unattached(prompts, concepts)
         _writable(out / "contact-sheet.png")
         pipe = load_base(base, device, dtype)
         texts = [p for p in prompts for _ in range(count)]
         seeds = [seed + i for _ in prompts for i in range(count)]
         with attach(pipe, *concepts, two_streams=not single_stream) if concepts else contextlib.nullcontext():
-            _refuse_unattached(prompts, concepts)
             pictures = draw(
                 pipe,
                 texts,
