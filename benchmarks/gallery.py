@@ -44,7 +44,8 @@ def unseen_prompts(count: int, seed: int = 5) -> list[str]:
         scene = Scene((Placed(subject, 0.5),), str(rng.choice(BACKGROUNDS)), style)
         if held_out(scene):
             color = f"{subject.color1} " if style not in ("sketch", "sepia") and rng.random() < 0.5 else ""
-            prompts.append(f"{STYLE_PREFIXES[style][0]} a {color}{subject.kind} {phrase[scene.background]}")
+            article = "an" if color.startswith("orange") else "a"
+            prompts.append(f"{STYLE_PREFIXES[style][0]} {article} {color}{subject.kind} {phrase[scene.background]}")
     return prompts
 
 
