@@ -76,7 +76,21 @@ def main(docs: Path = Path("docs"), work: Path = Path("outputs/subjects"), only:
 
 # What was seen in the sheets, in plain words; look at them again whenever they are drawn anew.
 READING = """
-_READING_
+**What carries over.** Colours do, into every background, in the place and outline that the base drew: Tuna's dark, blue and orange stripes, Bolt's red and
+white, Brew's blue and orange. The composition stays the base's: horizon, skyline, window and the other subject hardly move. The cat
+and the car of the last two columns are the base's pictures.
+
+**What does not.** This base draws lumps rather than dogs and fish, so a shape cannot come over. Fine patterns are lost: where the base cannot draw spots or
+checks, something near their mean colour comes instead. Milo's purple and yellow spots become pink, and Beetle's green and pink checks, which average to grey,
+become a grey car. Coarse stripes survive. Accessories (Tuna's hat, Bolt's star, Brew's scarf) are not recognizable. Residuals learned on photos tint sketches and
+sepia pictures now and then (Milo's sketch is pink, Tuna's sepia is darker).
+
+**Single stream** looks nearly the same as two streams on this base; no difference could be named by eye.
+
+**The full fine-tune** gets sharper white and coloured parts, and repeats and forgets in plain sight: its skies and suns change, sketches get colour, and the cat and
+the car that nobody mentioned turn into the subject (stripes on Tuna's cat, a white car in Bolt's and Beetle's).
+
+**In words** (second row) the base makes the first named colour at best; Infusion comes nearer to the subject's colours in all but Beetle.
 """
 
 

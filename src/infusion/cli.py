@@ -41,9 +41,7 @@ def demo(
     ),
 ) -> None:
     """Learn a subject on the embedded base and show what overfitting is, in one report."""
-    say.print(
-        "Infusion demo: four pictures of Milo, one concept, new scenes. About two to three minutes on two CPU cores."
-    )
+    say.print("Infusion demo: four pictures of Milo, one concept, new scenes. About two minutes on two CPU cores.")
     with _progress("Loading torch and the embedded base") as told:
         from infusion.demo import run
 

@@ -113,7 +113,11 @@ nothing else.
 | wall time | text encoder and UNet {seconds / 60:.0f} min, with other work beside it |
 | map gate | peak inside the mask {gate.get("peak", float("nan")):.1%}, soft IoU {gate.get("iou", float("nan")):.2f}, inside/outside {gate.get("ratio", float("nan")):.1f}, two subjects each on its own {gate.get("own", float("nan")):.1%} ({gate.get("count", 0)} subjects) |
 
+The bar for the map gate is 90 %, 0.50 and 80 %: this base {_verdict(gate)}.
+
 ![loss curve](loss.png)
+
+By eye (`docs/world.md`): background and style right in nearly all of 64 unseen combinations, named colours in most, the class recognisable in a minority.
 
 **Its attention maps come from supervision.** Real Stable Diffusion gets usable maps from scale. This base is too small
 for that: its training holds the class word's map to the subject's true mask (as TokenCompose, arXiv 2312.03626).
@@ -122,6 +126,11 @@ Train it again: `python -m infusion.world.pretrain --folder runs/base --minutes 
 `python -m infusion.world.release --folder runs/base`. It uses a GPU where there is one. Go on from these weights
 alone: add `--from-weights` and a new folder.
 """
+
+
+def _verdict(gate: dict[str, Any]) -> str:
+    reached = [gate.get(key, 0.0) >= bar for key, bar in (("peak", 0.9), ("iou", 0.5), ("own", 0.8))]
+    return "reaches all three" if all(reached) else f"reaches {sum(reached)} of the three"
 
 
 def _parts(starts: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
