@@ -41,11 +41,11 @@ class PretrainConfig:
     scenes: int = 40_000
     minutes: float = 90.0
     batch: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-4  # 1e-3 stalls (docs/log.md)
     warmup: int = 200
-    decay: float = 0.3  # share of the time, at the end, over which the learning rate falls to zero
+    decay: float = 0.4  # share of the time, at the end, over which the learning rate falls to zero
     caption_dropout: float = 0.1
-    grounding_weight: float = 1.0
+    grounding_weight: float = 0.5
     ema: float = 0.999
     seed: int = 0
     from_weights: bool = False
