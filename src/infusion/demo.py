@@ -8,9 +8,10 @@ the photos do not show.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -20,11 +21,11 @@ from torch import Tensor
 from infusion.base import load_base
 from infusion.generation import Picture, generate, save_pictures
 from infusion.lesson import Lesson, prepare_lesson
-from infusion.methods.finetune import FinetuneConfig, finetuning, with_unet
+from infusion.methods.finetune import FinetuneConfig, FinetuneState, finetuning, with_unet
 from infusion.photos import load_photos
 from infusion.pipelines import attach
 from infusion.report.page import Grid, Page, Row, write_page
-from infusion.training import LearnConfig, learning
+from infusion.training import LearnConfig, LearnState, learning
 from infusion.world.scenes import few_modalities, render
 from infusion.world.subjects import Subject
 
@@ -50,6 +51,7 @@ PROMPTS = (
 
 # progress("Learning", done, of)
 Progress = Callable[[str, int, int], None]
+State = TypeVar("State", LearnState, FinetuneState)
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,14 @@ def compare(
     seconds: dict[str, float] = {}
     lesson = prepare_lesson(pipe, load_photos(photos), word, name)
 
-    def learned(label: str, config: LearnConfig) -> object:
+    def finished(label: str, states: Iterator[State]) -> State:
+        """The last state of a training, timed and told."""
         start, state = time.monotonic(), None
-        for state in learning(pipe, lesson, word, name, config):
+        for state in states:
             progress(label, state.step, state.steps)
         seconds[label] = time.monotonic() - start
         assert state is not None
-        return state.concept
+        return state
 
     def drawn(label: str, pipe: DiffusionPipeline, subject: str) -> list[Picture]:
         # Prompts that do not name the subject are drawn apart: other rows in a batch change a picture by kernel tolerance.
@@ -113,23 +116,20 @@ def compare(
         return [pictures[i] for i in numbers]
 
     plain = f"a {word}"
-    concept = learned(f"Learning <{name}> with Infusion", config)
+    concept = finished(f"Learning <{name}> with Infusion", learning(pipe, lesson, word, name, config)).concept
     concept.save(concept_path)
     base = drawn("Drawing with the base model", pipe, plain)
     with attach(pipe, concept):
         infusion = drawn(f"Drawing <{name}>", pipe, f"<{name}>")
     singles = None
     if single:
-        alone = learned("Learning in a single stream", LearnConfig(**{**config.__dict__, "two_streams": False}))
+        alone_config = replace(config, two_streams=False)
+        alone = finished("Learning in a single stream", learning(pipe, lesson, word, name, alone_config)).concept
         with attach(pipe, alone, two_streams=False):
             singles = drawn("Drawing in a single stream", pipe, f"<{name}>")
-    label = "Fine-tuning a full copy, for comparison"
-    start, state = time.monotonic(), None
-    for state in finetuning(pipe, lesson, FinetuneConfig(config.steps, config.batch, seed=config.seed)):
-        progress(label, state.step, state.steps)
-    seconds[label] = time.monotonic() - start
-    assert state is not None
-    finetune = drawn("Drawing with the fine-tuned copy", with_unet(pipe, state.unet), plain)
+    tuning = finetuning(pipe, lesson, FinetuneConfig(config.steps, config.batch, seed=config.seed))
+    tuned = finished("Fine-tuning a full copy, for comparison", tuning)
+    finetune = drawn("Drawing with the fine-tuned copy", with_unet(pipe, tuned.unet), plain)
     return Compared(lesson, base, infusion, singles, finetune, seconds, concept_path)
 
 
@@ -160,7 +160,7 @@ def _overlay(picture: Image.Image, mask: Tensor) -> Image.Image:
 
 def _page(result: Compared, config: LearnConfig, seconds: float) -> Page:
     samples = config.steps * config.batch
-    learned, tuned = (s for _, s in sorted(result.seconds.items(), key=lambda kv: not kv[0].startswith("Learning")))
+    learned, *_, tuned = result.seconds.values()  # in the order of training: Infusion first, the fine-tune last
     size = result.concept_path.stat().st_size
     return Page(
         title="Milo, learned from four pictures",

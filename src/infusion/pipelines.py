@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from infusion.concept import BaseInfo, Concept
 from infusion.errors import InfusionError, InfusionWarning
+from infusion.families import FAMILIES
 from infusion.packing import in_order
 from infusion.prompts import Mention, Parsed, parse, refuse_in_negative
 from infusion.streams import Plan, Streams, cross_attention_layers, require_unet, value_lengths
@@ -264,8 +265,8 @@ def base_info(pipe: DiffusionPipeline) -> BaseInfo:
     in fp32 and in fp16 has the same; it is unknown ("") for bf16, which is coarser, and for offloaded weights.
     """
     unet = require_unet(pipe)
-    families = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2", 2048: "stable-diffusion-xl-v1-base"}
-    family = families.get(unet.config["cross_attention_dim"], "custom")
+    widths = {parts["unet"]["cross_attention_dim"]: family for family, parts in FAMILIES.items()}
+    family = widths.get(unet.config["cross_attention_dim"], "custom")
     return BaseInfo(family, unet.config["sample_size"] * pipe.vae_scale_factor, _weights_hash(unet))
 
 

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from infusion.world.grounding import BARS
+
 WEIGHTS = Path(__file__).parent / "weights"
 SHARD_BYTES = 14_000_000
 PARTS = ("vae", "text_encoder", "unet")
@@ -113,7 +115,7 @@ nothing else.
 | wall time | text encoder and UNet {seconds / 60:.0f} min, with other work beside it |
 | map gate | peak inside the mask {gate.get("peak", float("nan")):.1%}, soft IoU {gate.get("iou", float("nan")):.2f}, inside/outside {gate.get("ratio", float("nan")):.1f}, two subjects each on its own {gate.get("own", float("nan")):.1%} ({gate.get("count", 0)} subjects) |
 
-The bar for the map gate is 90 %, 0.50 and 80 %: this base {_verdict(gate)}.
+The bar for the map gate is {BARS["peak"]:.0%} inside, IoU {BARS["iou"]:.2f}, {BARS["own"]:.0%} on their own: this base {_verdict(gate)}.
 
 ![loss curve](loss.png)
 
@@ -129,7 +131,7 @@ alone: add `--from-weights` and a new folder.
 
 
 def _verdict(gate: dict[str, Any]) -> str:
-    reached = [gate.get(key, 0.0) >= bar for key, bar in (("peak", 0.9), ("iou", 0.5), ("own", 0.8))]
+    reached = [gate.get(name, 0.0) >= bar for name, bar in BARS.items()]
     return "reaches all three" if all(reached) else f"reaches {sum(reached)} of the three"
 
 
