@@ -1,17 +1,29 @@
 """Candidates for the concept file at Stable Diffusion 1.5's size: python benchmarks/formats.py
 
+With --learned: what the 6-bit grid costs learned concepts, those of benchmarks/subjects.py, against fp32.
 Payload bytes and relative error (L2) on white noise, 12,480 values in 16 layers, mean of five seeds. The whole file
 may take 11,264 bytes; header and checksum take about 1.1 kB of it with one packed tensor, 2 to 3 kB with 16 named ones.
 """
 
 from __future__ import annotations
 
+import argparse
 import lzma
 import zlib
+from pathlib import Path
 
 import numpy as np
+import torch
+from subjects import SUBJECTS
 
+import infusion
+from infusion.demo import PROMPTS, draw_photos
+from infusion.diagnosis import validation_loss
+from infusion.generation import generate
+from infusion.lesson import prepare_lesson
 from infusion.packing import BLOCK, pack, packed_size, unpack
+from infusion.photos import load_photos
+from infusion.training import LearnConfig
 
 LENGTHS = (320, 320, 640, 640, 1280, 1280, 1280, 1280, 1280, 1280, 640, 640, 640, 320, 320, 320)
 
@@ -83,6 +95,32 @@ def main() -> list[tuple[str, int, float]]:
     return rows
 
 
+def learned(work: Path) -> list[tuple[str, float, float, float, float, float]]:
+    """Print and return, per subject: relative error (L2) of the grid; validation loss of the base, with fp32 and with 6-bit
+    values; and the mean difference between the pictures of the two, of 255, over the twelve prompts."""
+    rows = []
+    for name, subject, background in SUBJECTS:
+        pipe = infusion.load_base(device="cpu")
+        photos = draw_photos(subject, work / name, background=background)
+        lesson = prepare_lesson(pipe, load_photos(photos), subject.kind, name)
+        exact = infusion.learn(pipe, lesson, subject.kind, name, LearnConfig(scheme="fp32"))
+        packed = exact.on_grid("q6")
+        a, b = (torch.cat([c.residuals[p] for p in exact.residuals]) for c in (exact, packed))
+        losses = [validation_loss(pipe, lesson, r) for r in (None, exact.residuals, packed.residuals)]
+        pictures = []
+        for concept in (exact, packed):
+            with infusion.attach(pipe, concept):
+                drawn = generate(pipe, [p.format(f"<{name}>") for p in PROMPTS], list(range(len(PROMPTS))))
+            pictures.append(np.stack([np.asarray(p.image, np.float32) for p in drawn]))
+        means = [sum(loss.values()) / len(loss) for loss in losses]
+        rows.append((name, float((a - b).norm() / a.norm()), *means, float(np.abs(pictures[0] - pictures[1]).mean())))
+        name, error, base, fp32, q6, moved = rows[-1]
+        print(
+            f"{name:8} error {error:.2%}   loss {base:.5f} (base) {fp32:.5f} (fp32) {q6:.5f} (q6)   pictures {moved:.2f} of 255"
+        )
+    return rows
+
+
 def _in_mid_block() -> np.ndarray:
     inside = np.zeros(sum(LENGTHS), bool)
     start = sum(LENGTHS[:6])
@@ -91,4 +129,8 @@ def _in_mid_block() -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--learned", action="store_true", help="measure learned concepts; takes about six minutes")
+    parser.add_argument("--work", type=Path, default=Path("outputs/formats"))
+    options = parser.parse_args()
+    learned(options.work) if options.learned else main()

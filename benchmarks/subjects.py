@@ -11,11 +11,18 @@ import argparse
 import json
 from pathlib import Path
 
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
 import infusion
-from infusion.demo import PROMPTS, compare, draw_photos, mask_overlays
+from infusion.demo import PROMPTS, Compared, compare, draw_photos, mask_overlays
+from infusion.diagnosis import layer_maps, validation_loss
 from infusion.generation import generate
+from infusion.lesson import Lesson, prepare_lesson
+from infusion.photos import Photo
 from infusion.sheets import contact_sheet
-from infusion.world.scenes import Placed, Scene, held_out
+from infusion.world.scenes import Placed, Scene, few_modalities, held_out, render
 from infusion.world.subjects import Subject
 
 # name, subject, background of the photos
@@ -55,9 +62,63 @@ def run(folder: Path, name: str, subject: Subject, background: str, work: Path) 
         [list(result.lesson.pictures), mask_overlays(result.lesson)], ("photos", "masks"), cell=96
     )
     photos_sheet.save(folder / f"{name}-photos.png")
-    unseen = held_out(Scene((Placed(subject, 0.5),), background))
-    norms = {p: round(float(r.norm()), 2) for p, r in infusion.Concept.load(result.concept_path).residuals.items()}
-    return {"seconds": {k: round(v, 1) for k, v in result.seconds.items()}, "held_out": unseen, "norms": norms}
+    write_maps(layer_maps(pipe, result.lesson), result.lesson, folder / f"{name}-maps.png")
+    return {
+        "seconds": {k: round(v, 1) for k, v in result.seconds.items()},
+        "held_out": held_out(Scene((Placed(subject, 0.5),), background)),
+        "norms": {p: round(float(r.norm()), 2) for p, r in result.concept.residuals.items()},
+        "losses": losses(pipe, result, subject, background),
+    }
+
+
+def losses(pipe: StableDiffusionPipeline, result: Compared, subject: Subject, background: str) -> dict:
+    """Validation loss, mean over timesteps, of each method: on the photos learned from, on fresh ones of the same place,
+    and on fresh ones of other places, all with true masks where the photos are fresh."""
+    elsewhere = [b for b in ("beach", "snow", "forest", "desert", "space", "meadow") if b != background][:4]
+    places = ("left", "right", "center", "left")
+    scenes = {
+        "same place": few_modalities(subject, 4, seed=77, background=background),
+        "other places": [
+            few_modalities(subject, 1, seed=78 + i, background=b, position=p)[0]
+            for i, (b, p) in enumerate(zip(elsewhere, places, strict=True))
+        ],
+    }
+    lessons = {"photos": result.lesson}
+    for label, drawn in scenes.items():
+        photos = [_with_mask(scene) for scene in drawn]
+        lessons[label] = prepare_lesson(pipe, photos, subject.kind, result.lesson.name, flip=False)
+    mean = lambda by_timestep: round(sum(by_timestep.values()) / len(by_timestep), 4)  # noqa: E731
+    assert result.alone is not None
+    return {
+        label: {
+            "base": mean(validation_loss(pipe, lesson)),
+            "Infusion": mean(validation_loss(pipe, lesson, result.concept.residuals)),
+            "single stream": mean(validation_loss(pipe, lesson, result.alone.residuals, two_streams=False)),
+            "full fine-tune": mean(validation_loss(result.tuned, lesson)),
+        }
+        for label, lesson in lessons.items()
+    }
+
+
+def write_maps(maps: dict[str, Tensor], lesson: Lesson, path: Path) -> None:
+    """The first two photos, and each layer's map of the class word on them (white: the layer's largest value)."""
+    labels = ["photo", *(f"{short(p)}, {m.shape[-1]}x{m.shape[-1]}, max {float(m.max()):.2f}" for p, m in maps.items())]
+    rows = []
+    for i in range(2):
+        grey = [Image.fromarray((m[i] / m[i].max() * 255).byte().cpu().numpy()) for m in maps.values()]
+        rows.append([lesson.pictures[i], *(g.resize((96, 96), Image.Resampling.NEAREST) for g in grey)])
+    contact_sheet(rows, (), labels, cell=96).save(path)
+
+
+def short(layer: str) -> str:
+    """down_blocks.0.attentions.0.transformer_blocks.0.attn2 -> down 0.0"""
+    parts = layer.split(".")
+    return "mid" if parts[0] == "mid_block" else f"{parts[0].split('_')[0]} {parts[1]}.{parts[3]}"
+
+
+def _with_mask(scene: Scene) -> Photo:
+    drawn = render(scene)
+    return Photo(Image.fromarray(drawn.pixels), Image.fromarray((drawn.masks[0] * 255).astype("uint8")))
 
 
 def main(docs: Path = Path("docs"), work: Path = Path("outputs/subjects"), only: str | None = None) -> None:
@@ -109,8 +170,24 @@ def write_page(docs: Path) -> Path:
             f"## <{name}>, {described(subject)}; photos {background}",
             f"![photos and masks](subjects/{name}-photos.png)",
             f"![sheet](subjects/{name}.png)",
-            f"Seconds on two CPU cores with other work beside it: {seconds}.",
+            f"Seconds on two CPU cores: {seconds}.",
+            "Maps of the class word on two of the photos, layer by layer, as the base sees them:",
+            f"![maps](subjects/{name}-maps.png)",
         ]
+    methods = list(next(iter(figures.values()))["losses"]["photos"])
+    parts += [
+        "## Loss on fixed validation draws",
+        "The training loss at timesteps 100, 300, 500, 700 and 900 with fixed noise, mean. On the photos learned from; on fresh photos of the same place; on "
+        "fresh photos in four other places. The base's own loss is the measure: what falls on the photos alone is repeating, what falls elsewhere too is learning.",
+        "\n".join(
+            ["| subject | pictures | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
+            + [
+                f"| {name} | {label} | " + " | ".join(f"{row[m]:.3f}" for m in methods) + " |"
+                for name in figures
+                for label, row in figures[name]["losses"].items()
+            ]
+        ),
+    ]
     norms = {name: figures[name]["norms"] for name, *_ in SUBJECTS}
     layers = list(next(iter(norms.values())))
     parts += [

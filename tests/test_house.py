@@ -19,7 +19,7 @@ ORDER = (
     ("concept", "streams", "photos"),
     ("pipelines", "lesson", "naive"),
     ("training", "methods", "generation", "base", "sheets", "report"),
-    ("demo",),
+    ("diagnosis", "demo"),
     ("cli",),
 )
 WORLD = (

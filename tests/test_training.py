@@ -11,12 +11,12 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 import infusion
+from infusion.diagnosis import validation_loss
 from infusion.errors import InfusionError
 from infusion.lesson import TEMPLATES, attention_masks, prepare_lesson
 from infusion.methods.finetune import FinetuneConfig, finetuning, with_unet
 from infusion.photos import Photo, load_photos
-from infusion.streams import Streams, value_lengths
-from infusion.training import LearnConfig, learning, masked_loss, predict
+from infusion.training import LearnConfig, learning, masked_loss
 from tests.conftest import latents
 
 
@@ -26,25 +26,15 @@ def photos():
     return [Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)) for _ in range(3)]
 
 
-def fixed_loss(pipe, lesson, concept, two_streams=True) -> float:
-    """Loss on a fixed set of photos, captions, timesteps and noise."""
-    draw = lesson.draw(32, torch.Generator().manual_seed(99))
-    streams = Streams(pipe.unet)
-    streams.residuals, streams.two_streams = {concept.name: concept.residuals}, two_streams
-    with torch.no_grad():
-        loss = float(masked_loss(predict(streams, draw), draw))
-    streams.remove()
-    return loss
-
-
 @pytest.mark.parametrize("two_streams", [True, False])
 def test_learning_lowers_the_loss(pipe, photos, two_streams):
     lesson = prepare_lesson(pipe, load_photos(photos), "dog", "milo")
     concept = infusion.learn(
         pipe, lesson, "dog", "milo", LearnConfig(steps=25, batch=8, learning_rate=1.0, two_streams=two_streams)
     )
-    empty = infusion.Concept("milo", "dog", {p: torch.zeros(n) for p, n in value_lengths(pipe.unet).items()})
-    assert fixed_loss(pipe, lesson, concept, two_streams) < 0.98 * fixed_loss(pipe, lesson, empty, two_streams)
+    before = validation_loss(pipe, lesson)
+    after = validation_loss(pipe, lesson, concept.residuals, two_streams)
+    assert sum(after.values()) < 0.98 * sum(before.values())
 
 
 def test_the_same_seed_gives_the_same_bytes(pipe, photos, tmp_path):
@@ -52,6 +42,16 @@ def test_the_same_seed_gives_the_same_bytes(pipe, photos, tmp_path):
     paths = [infusion.learn(pipe, photos, "dog", "milo", config).save(tmp_path / f"{i}.safetensors") for i in range(2)]
     other = infusion.learn(pipe, photos, "dog", "milo", LearnConfig(steps=3, batch=2, seed=1)).save(tmp_path / "other")
     assert paths[0].read_bytes() == paths[1].read_bytes() != other.read_bytes()
+
+
+def test_a_scheme_changes_the_grid_and_not_the_learning(pipe, photos):
+    fine, coarse = (
+        infusion.learn(pipe, photos, "dog", "milo", LearnConfig(steps=3, batch=2, scheme=s)) for s in ("fp32", "q6")
+    )
+    assert fine.on_grid().to_bytes() == coarse.to_bytes()
+    assert fine.to_bytes("fp32") != coarse.to_bytes("fp32")
+    with pytest.raises(InfusionError, match="scheme is 'int4'; use one of q6, fp16, fp32"):
+        LearnConfig(scheme="int4")
 
 
 def test_the_pipeline_is_as_before_also_after_an_early_stop(pipe, photos):

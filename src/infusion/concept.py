@@ -170,9 +170,9 @@ class Concept:
             raise InfusionError(f"{str(path)!r} cannot be read ({error.strerror}); check its permissions.") from None
         return cls.from_bytes(content, repr(str(path)))
 
-    def on_grid(self) -> Concept:
-        """The concept as a file of the default scheme holds it."""
-        return Concept(self.name, self.word, on_grid(self.residuals), self.settings, self.base)
+    def on_grid(self, scheme: str = "q6") -> Concept:
+        """The concept as a file of `scheme` holds it."""
+        return Concept(self.name, self.word, on_grid(self.residuals, scheme), self.settings, self.base)
 
 
 def _checked(content: bytes, source: str) -> tuple[dict[str, str], bytes]:

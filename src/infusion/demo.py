@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from infusion.base import load_base
+from infusion.concept import Concept
 from infusion.generation import Picture, generate, save_pictures
 from infusion.lesson import Lesson, prepare_lesson
 from infusion.methods.finetune import FinetuneConfig, FinetuneState, finetuning, with_unet
@@ -56,9 +57,12 @@ State = TypeVar("State", LearnState, FinetuneState)
 
 @dataclass(frozen=True)
 class Compared:
-    """The same prompts and seeds by each method, in the order of `PROMPTS`; seconds each took to learn."""
+    """The same prompts and seeds by each method, in the order of `PROMPTS`; what each learned and the seconds it took."""
 
     lesson: Lesson
+    concept: Concept
+    alone: Concept | None
+    tuned: DiffusionPipeline
     base: list[Picture]
     infusion: list[Picture]
     single: list[Picture] | None
@@ -121,7 +125,7 @@ def compare(
     base = drawn("Drawing with the base model", pipe, plain)
     with attach(pipe, concept):
         infusion = drawn(f"Drawing <{name}>", pipe, f"<{name}>")
-    singles = None
+    singles = alone = None
     if single:
         alone_config = replace(config, two_streams=False)
         alone = finished("Learning in a single stream", learning(pipe, lesson, word, name, alone_config)).concept
@@ -129,8 +133,9 @@ def compare(
             singles = drawn("Drawing in a single stream", pipe, f"<{name}>")
     tuning = finetuning(pipe, lesson, FinetuneConfig(config.steps, config.batch, seed=config.seed))
     tuned = finished("Fine-tuning a full copy, for comparison", tuning)
-    finetune = drawn("Drawing with the fine-tuned copy", with_unet(pipe, tuned.unet), plain)
-    return Compared(lesson, base, infusion, singles, finetune, seconds, concept_path)
+    copy = with_unet(pipe, tuned.unet)
+    finetune = drawn("Drawing with the fine-tuned copy", copy, plain)
+    return Compared(lesson, concept, alone, copy, base, infusion, singles, finetune, seconds, concept_path)
 
 
 def run(folder: Path, progress: Progress, config: LearnConfig | None = None) -> Path:

@@ -5,7 +5,7 @@ Every method learns from the same `Lesson`, so that methods are compared on equa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -190,9 +190,20 @@ def attention_masks(
 
     Averaged over timesteps, captions, heads and the layers of 8x8 to 32x32, which show objects best.
     """
+    total = torch.zeros_like(lesson.masks)
+    for recorded, plan in foundational_passes(lesson, unet, timesteps, seed):
+        total += word_maps(recorded, plan, total.shape[-1])
+    return total / total.amax(dim=(1, 2), keepdim=True).clamp_min(1e-6)
+
+
+@torch.no_grad()
+def foundational_passes(
+    lesson: Lesson, unet: nn.Module, timesteps: Sequence[int] = (300, 450, 600), seed: int = 0
+) -> Iterator[tuple[dict[str, tuple[Tensor, Tensor]], Plan]]:
+    """One pass of the untouched base over all latents at each timestep, captions in turn. Yields, per
+    pass, each layer's output and maps (`Streams.recorded`) and the plan that says where the word stands."""
     n = len(lesson.latents)
     generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros_like(lesson.masks)
     streams = Streams(unet)
     try:
         for i, t in enumerate(timesteps):
@@ -202,23 +213,26 @@ def attention_masks(
             )
             with streams.calls(draw.plan, "record"):
                 unet(draw.noisy, draw.timesteps, **draw.kwargs)
-            total += word_maps(streams.recorded, draw.plan, total.shape[-1])
+            yield streams.recorded, draw.plan
     finally:
         streams.remove()
-    return total / total.amax(dim=(1, 2), keepdim=True).clamp_min(1e-6)
 
 
 def word_maps(recorded: dict[str, tuple[Tensor, Tensor]], plan: Plan, side: int) -> Tensor:
     """Recorded maps of each row's mentions, mean over heads and layers of 8x8 to 32x32: (b, side, side)."""
+    heats = layer_heats(recorded, plan)
+    fit = [h for h in heats.values() if 8 <= h.shape[-1] <= 32] or list(heats.values())  # tiny bases have none
+    return torch.stack([F.interpolate(h[:, None], (side, side), mode="bilinear")[:, 0] for h in fit]).mean(0)
+
+
+def layer_heats(recorded: dict[str, tuple[Tensor, Tensor]], plan: Plan) -> dict[str, Tensor]:
+    """Recorded maps of each row's mentions by layer, mean over heads, in the layer's own resolution: (b, g, g)."""
     word = torch.zeros(len(plan.rows), plan.states.shape[1], device=plan.states.device)
     for row, mentions in enumerate(plan.rows):
         for mention in mentions:
             word[row, list(mention.positions)] = 1.0
-    grids = {maps.shape[2]: int(maps.shape[2] ** 0.5) for _, maps in recorded.values()}
-    fit = [n for n, grid in grids.items() if 8 <= grid <= 32] or list(grids)  # tiny bases have no such layers
-    layers = []
-    for _, maps in recorded.values():
-        if (n := maps.shape[2]) in fit:
-            heat = torch.einsum("bhnm,bm->bn", maps, word) / maps.shape[1]
-            layers.append(F.interpolate(heat.view(-1, 1, grids[n], grids[n]), (side, side), mode="bilinear")[:, 0])
-    return torch.stack(layers).mean(0)
+    heats = {}
+    for path, (_, maps) in recorded.items():
+        grid = int(maps.shape[2] ** 0.5)
+        heats[path] = torch.einsum("bhnm,bm->bn", maps, word).unflatten(-1, (grid, grid)) / maps.shape[1]
+    return heats

@@ -22,6 +22,7 @@ from torch import Tensor
 from infusion.concept import Concept
 from infusion.errors import InfusionError
 from infusion.lesson import Draw, Lesson, prepare_lesson
+from infusion.packing import SCHEMES
 from infusion.photos import Photo, load_photos
 from infusion.pipelines import base_info
 from infusion.streams import Streams, require_unet, value_lengths
@@ -33,7 +34,8 @@ class LearnConfig:
 
     steps x batch samples are seen; the authors' 500 x 16 = 8,000 is ample, this default fits 90 s on 2 CPU cores.
     learning_rate: 0.01 (SD1.5) to 0.03 (SD2.1) in the authors' code. two_streams=False is the single-stream
-    ablation. layers: substrings of module paths that get a residual; empty means all.
+    ablation. layers: substrings of module paths that get a residual; empty means all. scheme: of the file whose
+    grid the returned values are on ("q6", "fp16" or "fp32"); learning itself is the same.
     """
 
     steps: int = 200
@@ -43,6 +45,7 @@ class LearnConfig:
     masked: bool = True
     two_streams: bool = True
     layers: tuple[str, ...] = ()
+    scheme: str = "q6"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -53,11 +56,13 @@ class LearnConfig:
             raise InfusionError(
                 f"learning_rate is {self.learning_rate}; it must lie between 0 and 10, usually 0.01 to 0.03."
             )
+        if self.scheme not in SCHEMES:
+            raise InfusionError(f"scheme is {self.scheme!r}; use one of {', '.join(SCHEMES)}.")
 
 
 @dataclass(frozen=True)
 class LearnState:
-    """State after `step` of `steps`: the batch's masked loss, and the concept so far, on the file's grid."""
+    """State after `step` of `steps`: the batch's masked loss, and the concept so far, on its file's grid."""
 
     step: int
     steps: int
@@ -123,7 +128,7 @@ def learning(
             optimizer.zero_grad(set_to_none=True)
             settings = {**_plain(config), "steps": step}
             learned = Concept(name, word, {k: v.detach() for k, v in residuals.items()}, settings, base)
-            yield LearnState(step, config.steps, float(loss.detach()), learned.on_grid())
+            yield LearnState(step, config.steps, float(loss.detach()), learned.on_grid(config.scheme))
     finally:
         streams.remove()
         unet.train(training)
@@ -162,4 +167,5 @@ def masked_loss(prediction: Tensor, draw: Draw) -> Tensor:
 
 
 def _plain(config: LearnConfig) -> dict[str, int | float | str | bool]:
-    return {k: v for k, v in asdict(config).items() if isinstance(v, int | float | str)}
+    """What a file keeps of the settings; it names its scheme itself."""
+    return {k: v for k, v in asdict(config).items() if isinstance(v, int | float | str) and k != "scheme"}

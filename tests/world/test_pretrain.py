@@ -8,10 +8,18 @@ import torch
 from accelerate import Accelerator
 
 from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, psnr, standardize, train_autoencoder
-from infusion.world.dataset import build_dataset, load_dataset
+from infusion.world.dataset import Dataset, build_dataset, load_dataset
 from infusion.world.grounding import grounding_loss, map_gate, recorded_maps
 from infusion.world.models import build_autoencoder, build_pipeline, build_scheduler, build_text_encoder, build_unet
-from infusion.world.pretrain import PretrainConfig, measure_maps, sample_batch, train_base
+from infusion.world.pretrain import (
+    PretrainConfig,
+    draw_timesteps,
+    measure_maps,
+    sample_batch,
+    subject_weights,
+    train_base,
+    validate,
+)
 from infusion.world.release import read_weights, write_weights
 from infusion.world.tokenizer import build_tokenizer
 
@@ -58,7 +66,8 @@ def test_standardized_latents_decode_to_the_same_picture(data):
 
 def test_the_base_trains_resumes_and_keeps_its_processors(data, tmp_path):
     latents = torch.randn(64, 6, 16, 16, generator=torch.Generator().manual_seed(0)).half()
-    config = PretrainConfig(scenes=64, minutes=60, batch=4, warmup=1, save_every=2)
+    config = PretrainConfig(scenes=64, minutes=60, batch=4, warmup=1, save_every=2, validate_every=3)
+    validation = latents[:16], Dataset(*(a[:16] for a in (data.pixels, data.masks, data.ids, data.words)))
     accelerator = Accelerator(cpu=True)
 
     def parts():
@@ -68,18 +77,62 @@ def test_the_base_trains_resumes_and_keeps_its_processors(data, tmp_path):
     text, unet = parts()
     processors = dict(unet.attn_processors)
     straight = []
-    for p in train_base(text, unet, latents, data, tmp_path, config, accelerator):
+    for p in train_base(text, unet, latents, data, validation, tmp_path, config, accelerator):
         straight.append(p)
         if p.step == 3:  # one step after the last checkpoint
             break
-    resumed = next(train_base(*parts(), latents, data, tmp_path, config, accelerator))
+    resumed = next(train_base(*parts(), latents, data, validation, tmp_path, config, accelerator))
     assert resumed.step == 3
     assert resumed.seen == 12
     assert resumed.denoising == pytest.approx(straight[2].denoising, rel=1e-3)
+    assert straight[1].validation is None
+    assert straight[2].validation is not None
+    assert straight[2].validation.whole.keys() == straight[2].validation.subject.keys()
     assert unet.attn_processors.keys() == processors.keys()
-    gate = measure_maps(text, unet, latents, data, count=16, timesteps=(500,))
+    gate = measure_maps(text, unet, *validation, timesteps=(500,))
     assert 0 <= gate.peak <= 1
     assert gate.count > 10
+
+
+def test_validation_against_a_loop(data):
+    torch.manual_seed(0)
+    text, unet = build_text_encoder(build_tokenizer()).eval(), build_unet().eval()
+    latents = torch.randn(64, 6, 16, 16, generator=torch.Generator().manual_seed(1)).half()
+    rows = (latents[:5], Dataset(*(a[:5] for a in (data.pixels, data.masks, data.ids, data.words))))
+    measured = validate(text, unet, *rows, timesteps=(300,))
+    batch = sample_batch(*rows, np.arange(5), np.random.default_rng(0))
+    noise = torch.randn(5, 6, 16, 16, generator=torch.Generator().manual_seed(0))
+    a = build_scheduler().alphas_cumprod[300]
+    whole, subject, area = 0.0, 0.0, 0.0
+    with torch.no_grad():
+        for i in range(5):
+            noisy = a.sqrt() * batch.latents[i] + (1 - a).sqrt() * noise[i]
+            states = text(batch.ids[i : i + 1]).last_hidden_state
+            target = a.sqrt() * noise[i] - (1 - a).sqrt() * batch.latents[i]
+            error = (unet(noisy[None], 300, states).sample[0] - target).square().mean(0)
+            inside = batch.masks[i].sum(0).clamp(max=1)
+            whole, subject, area = whole + error.mean() / 5, subject + (error * inside).sum(), area + inside.sum()
+    assert measured.whole[300] == pytest.approx(float(whole), rel=1e-3)
+    assert measured.subject[300] == pytest.approx(float(subject / area), rel=1e-3)
+
+
+def test_timesteps_favour_the_middle_and_leave_none_out():
+    drawn = draw_timesteps(np.random.default_rng(0), 20_000, 1000).float()
+    assert drawn.dtype == torch.float32
+    assert 0 <= drawn.min() < 5
+    assert 995 <= drawn.max() < 1000
+    middle = ((drawn > 300) & (drawn < 800)).float().mean()
+    assert 0.6 < middle < 0.75  # uniform: 0.5
+
+
+def test_weights_favour_subjects_at_an_unchanged_mean():
+    masks = torch.zeros(2, 3, 16, 16)
+    masks[0, 0, :4] = masks[0, 1, 2:6] = 1  # overlapping masks count once
+    weights = subject_weights(masks, 2.0)
+    assert weights.shape == (2, 1, 16, 16)
+    assert float(weights.mean()) == pytest.approx(1)
+    assert torch.allclose(weights[0, 0, :6] / weights[1, 0, :6], torch.tensor(3.0))
+    assert torch.equal(subject_weights(masks, 0.0), torch.ones(2, 1, 16, 16))
 
 
 def test_captions_are_dropped_to_the_empty_prompt(data):
