@@ -33,6 +33,7 @@ WORLD = (
     "dataset",
     "models",
     "grounding",
+    "separation",
     "autoencoder",
     "release",
     "pretrain",
