@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DDIMScheduler
 from PIL import Image
 
@@ -52,6 +53,20 @@ def test_a_scheme_changes_the_grid_and_not_the_learning(pipe, photos):
     assert fine.to_bytes("fp32") != coarse.to_bytes("fp32")
     with pytest.raises(InfusionError, match="scheme is 'int4'; use one of q6, fp16, fp32"):
         LearnConfig(scheme="int4")
+
+
+def test_learning_and_drawing_with_offloaded_weights(pipe, photos):
+    config = LearnConfig(steps=2, batch=2)
+    concept = infusion.learn(pipe, photos, "dog", "milo", config)
+    with infusion.attach(pipe, concept):
+        expected = latents(pipe, "a photo of <milo>")
+    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+        cpu_offload(part, execution_device=torch.device("cpu"))
+    assert pipe.unet.device.type == "meta"
+    offloaded = infusion.learn(pipe, photos, "dog", "milo", config)
+    assert all(torch.equal(offloaded.residuals[p], r) for p, r in concept.residuals.items())
+    with infusion.attach(pipe, offloaded):
+        assert torch.equal(latents(pipe, "a photo of <milo>"), expected)
 
 
 def test_the_pipeline_is_as_before_also_after_an_early_stop(pipe, photos):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from infusion.errors import InfusionError
 from infusion.photos import Photo, mask_to_tensor, square, to_tensor
 from infusion.prompts import Mention, parse
-from infusion.streams import Plan, Streams, require_unet
+from infusion.streams import Plan, Streams, execution_device, require_unet
 
 # The authors' captions are short and name nothing but the class.
 TEMPLATES = (
@@ -148,7 +148,7 @@ def _masks(lesson: Lesson, unet: nn.Module, photos: Sequence[Photo]) -> Tensor:
 
 def encode_texts(pipe: DiffusionPipeline, prompts: Sequence[str], words: dict[str, str], name: str) -> Texts:
     """Encode prompts once with the pipeline's own text encoders; mentions are given the concept's `name`."""
-    device = require_unet(pipe).device
+    device = execution_device(pipe)
     parsed = [parse(p, words, pipe.tokenizer) for p in prompts]
     with torch.no_grad():
         encoded = type(pipe).encode_prompt(
@@ -167,19 +167,18 @@ def encode_texts(pipe: DiffusionPipeline, prompts: Sequence[str], words: dict[st
 @torch.no_grad()
 def encode_pictures(pipe: DiffusionPipeline, pictures: Sequence[Image.Image], batch: int = 8) -> Tensor:
     """Pictures of one size -> latents scaled as the UNet expects them (the posterior's mode)."""
-    vae, dtype = pipe.vae, pipe.vae.dtype
+    vae, dtype, device = pipe.vae, pipe.vae.dtype, execution_device(pipe)
     upcast = dtype == torch.float16 and vae.config.force_upcast  # SDXL's overflows in fp16
     if upcast:
         vae.to(torch.float32)
     x = to_tensor(pictures)
     parts = [
-        vae.encode(x[i : i + batch].to(vae.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
+        vae.encode(x[i : i + batch].to(device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
         for i in range(0, len(x), batch)
     ]
     if upcast:
         vae.to(dtype)
-    unet = require_unet(pipe)
-    return torch.cat(parts).to(unet.device, unet.dtype)
+    return torch.cat(parts).to(device, require_unet(pipe).dtype)
 
 
 @torch.no_grad()

@@ -64,6 +64,11 @@ def require_unet(pipe: DiffusionPipeline) -> UNet2DConditionModel:
     return unet
 
 
+def execution_device(pipe: DiffusionPipeline) -> torch.device:
+    """Where the pipeline computes, also while offloading keeps its weights elsewhere."""
+    return pipe._execution_device
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the conditional rows of the coming UNet calls carry.

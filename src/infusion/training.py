@@ -25,7 +25,7 @@ from infusion.lesson import Draw, Lesson, prepare_lesson
 from infusion.packing import SCHEMES
 from infusion.photos import Photo, load_photos
 from infusion.pipelines import base_info
-from infusion.streams import Streams, require_unet, value_lengths
+from infusion.streams import Streams, execution_device, require_unet, value_lengths
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def learning(
     also when the caller stops early.
     """
     config = config or LearnConfig()
-    unet = require_unet(pipe)
+    unet, device = require_unet(pipe), execution_device(pipe)
     Concept(name, word, {})  # names are checked before any work
     lesson = (
         photos
@@ -92,7 +92,7 @@ def learning(
         else prepare_lesson(pipe, load_photos(photos), word, name, flip=config.flip, masked=config.masked)
     )
     residuals = {
-        path: torch.zeros(length, device=unet.device, requires_grad=True)
+        path: torch.zeros(length, device=device, requires_grad=True)
         for path, length in value_lengths(unet).items()
         if not config.layers or any(part in path for part in config.layers)
     }
@@ -102,9 +102,7 @@ def learning(
         )
     base = base_info(pipe)
     optimizer = torch.optim.AdamW(residuals.values(), config.learning_rate)
-    scaler = torch.amp.GradScaler(
-        unet.device.type, enabled=unet.dtype == torch.float16
-    )  # small gradients vanish in fp16
+    scaler = torch.amp.GradScaler(device.type, enabled=unet.dtype == torch.float16)  # small gradients vanish in fp16
     generator = torch.Generator().manual_seed(config.seed)
     frozen = [p for p in unet.parameters() if p.requires_grad]
     training = unet.training
