@@ -16,6 +16,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from infusion.errors import InfusionError
+from infusion.lesson import added_conditions
+from infusion.streams import execution_device, require_unet
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,25 @@ def generate(
         ).images
         pictures += [Picture(i, p, s) for i, p, s in zip(images, part, numbers, strict=True)]
     return pictures
+
+
+def denoiser(pipe: DiffusionPipeline) -> Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor]:
+    """The pipeline as `metrics.fisher` takes it: noisy latents (b, c, h, w), timesteps (b,) and one prompt for all rows to the
+    UNet's prediction, without guidance. It understands the names of what is attached at the time of each call."""
+    unet = require_unet(pipe)
+
+    @torch.no_grad()
+    def predict(noisy: torch.Tensor, timesteps: torch.Tensor, prompt: str) -> torch.Tensor:
+        encoded = pipe.encode_prompt(
+            prompt,
+            device=execution_device(pipe),
+            num_images_per_prompt=len(noisy),
+            do_classifier_free_guidance=False,
+        )
+        extra = added_conditions(pipe, encoded)
+        return unet(noisy, timesteps, encoded[0], added_cond_kwargs=extra or None).sample
+
+    return predict
 
 
 def save_pictures(pictures: Sequence[Picture], folder: Path, details: dict[str, str] | None = None) -> list[Path]:

@@ -154,14 +154,20 @@ def encode_texts(pipe: DiffusionPipeline, prompts: Sequence[str], words: dict[st
         encoded = type(pipe).encode_prompt(
             pipe, [p.text for p in parsed], device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-    states = encoded[0]
-    extra = {}
-    if hasattr(pipe, "text_encoder_2") and len(encoded) == 4:  # SDXL
-        side = require_unet(pipe).config["sample_size"] * pipe.vae_scale_factor
-        ids = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts), device=device, dtype=states.dtype)
-        extra = {"text_embeds": encoded[2], "time_ids": ids}
+    extra = added_conditions(pipe, encoded)
     mentions = tuple(tuple(Mention(name, m.strength, m.positions) for m in p.mentions) for p in parsed)
-    return Texts(states, mentions, extra)
+    return Texts(encoded[0], mentions, extra)
+
+
+def added_conditions(pipe: DiffusionPipeline, encoded: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What SDXL's UNet wants beside the text states of `encode_prompt`: pooled states and the picture's size, one row
+    per prompt; nothing for other families."""
+    if not hasattr(pipe, "text_encoder_2") or len(encoded) != 4:
+        return {}
+    states, pooled = encoded[0], encoded[2]
+    side = require_unet(pipe).config["sample_size"] * pipe.vae_scale_factor
+    ids = torch.tensor([[side, side, 0, 0, side, side]] * len(states), device=states.device, dtype=states.dtype)
+    return {"text_embeds": pooled, "time_ids": ids}
 
 
 @torch.no_grad()

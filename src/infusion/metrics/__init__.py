@@ -1,0 +1,1 @@
+"""Measures of overfitting: tensors in, numbers out. No models, no files."""

@@ -1,0 +1,71 @@
+"""Figures with their uncertainty: a value, how many samples it rests on, and a bootstrap interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`value` over `n` independent samples, with the interval [low, high] that holds 95 % of the bootstrap's values."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] (n = {self.n})"
+
+
+def bootstrap(
+    samples: Tensor,
+    statistic: Callable[[Tensor], Tensor] | None = None,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """The statistic (mean of the first axis, if not given) of samples (n, ...) with a percentile interval
+    (Efron and Tibshirani, 1993, chapter 13). Samples must be independent: give one per picture, not one per pixel.
+
+    Raises ValueError without samples. One sample has no spread that could be known: its interval is
+    unbounded.
+    """
+    n = len(samples)
+    if n == 0:
+        raise ValueError("There are no samples; give at least one.")
+    values = samples.double()
+    of = statistic or (lambda x: x.mean(0))
+    value = float(of(values))
+    if n == 1:
+        return Estimate(value, float("-inf"), float("inf"), 1)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.stack([of(values[torch.randint(n, (n,), generator=generator)]) for _ in range(resamples)])
+    tail = (1 - level) / 2
+    low, high = torch.quantile(drawn, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Estimate(value, low, high, n)
+
+
+def rate(hits: Tensor, level_z: float = 1.959964) -> Estimate:
+    """A share of hits (n,) bool with Wilson's interval, which is right also near 0 and 1, where the bootstrap is not
+    (Wilson, 1927). Raises ValueError without samples."""
+    n = len(hits)
+    if n == 0:
+        raise ValueError("There are no samples; give at least one.")
+    p, z2 = float(hits.double().mean()), level_z**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = level_z * ((p * (1 - p) + z2 / (4 * n)) / n) ** 0.5 / (1 + z2 / n)
+    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def paired(a: Tensor, b: Tensor, resamples: int = 1000, seed: int = 0) -> Estimate:
+    """Mean of a - b over samples that share prompt and seed (n,), which is far sharper than two intervals side by side."""
+    if a.shape != b.shape:
+        raise ValueError(
+            f"{tuple(a.shape)} and {tuple(b.shape)} samples cannot be paired; give both for the same seeds."
+        )
+    return bootstrap(a.double() - b.double(), resamples=resamples, seed=seed)

@@ -1,0 +1,103 @@
+"""Latent Fisher divergence: how far a customization moves a model on prompts that do not name its concept.
+
+    LFD = E_c E_t E_{z_t ~ base(.|c)} || s_base(z_t, t, c) - s_custom(z_t, t, c) ||^2,   s = -eps / sigma_t
+
+(Infusion, arXiv 2404.14007; the time grid and the weighting are ours.) The score form weighs small t by 1 / sigma_t^2;
+the eps form weighs all t alike. Both are means per latent dimension. A model compared with itself has 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from infusion.metrics.estimate import Estimate, bootstrap
+
+PredictionType = Literal["epsilon", "v_prediction"]
+# A denoiser takes noisy latents (b, c, h, w), timesteps (b,) and the prompt of all rows.
+Denoiser = Callable[[Tensor, Tensor, str], Tensor]
+
+TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
+
+
+@dataclass(frozen=True)
+class FisherDivergence:
+    """Both forms, pooled over prompts and for each prompt; the samples are pictures, each averaged over the time grid."""
+
+    score: Estimate
+    eps: Estimate
+    score_by_prompt: dict[str, Estimate]
+    eps_by_prompt: dict[str, Estimate]
+
+
+@torch.no_grad()
+def latent_fisher_divergence(
+    base: Denoiser,
+    custom: Denoiser,
+    latents: Mapping[str, Tensor],
+    alphas_cumprod: Tensor,
+    prediction_types: tuple[PredictionType, PredictionType] = ("epsilon", "epsilon"),
+    timesteps: Sequence[int] = TIMESTEPS,
+    seed: int = 0,
+    batch: int = 16,
+) -> FisherDivergence:
+    """Divergence between two denoisers on the same noisy latents.
+
+    latents: prompt -> clean latents (n, c, h, w) drawn by the base model for it. alphas_cumprod (T,): the noise
+    schedule, the same for both. prediction_types: of the base and of the customized model. Noise comes from `seed` and
+    the prompt's place, the same for every method that is measured.
+    Raises ValueError for no prompts, no latents, timesteps outside the schedule or unknown prediction types.
+    """
+    _check(latents, alphas_cumprod, prediction_types, timesteps)
+    by_prompt: dict[str, tuple[Tensor, Tensor]] = {}
+    for place, (prompt, clean) in enumerate(latents.items()):
+        per_t = []
+        for t in timesteps:
+            generator = torch.Generator().manual_seed(hash_seed(seed, place, t))
+            noise = torch.randn(clean.shape, generator=generator).to(clean)
+            a = alphas_cumprod[t].to(clean)
+            noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
+            moved = []
+            for i in range(0, len(clean), batch):
+                part = noisy[i : i + batch]
+                rows = torch.full((len(part),), t, device=part.device)
+                eps = [
+                    to_eps(model(part, rows, prompt), part, a, kind)
+                    for model, kind in zip((base, custom), prediction_types, strict=True)
+                ]
+                moved.append((eps[0].double() - eps[1].double()).square().flatten(1).mean(1).cpu())
+            per_t.append(torch.cat(moved))
+        eps_form = torch.stack(per_t, 1)  # (n, t)
+        weight = 1 / (1 - alphas_cumprod[list(timesteps)].double().cpu())
+        by_prompt[prompt] = ((eps_form * weight).mean(1), eps_form.mean(1))
+    return FisherDivergence(
+        score=bootstrap(torch.cat([s for s, _ in by_prompt.values()])),
+        eps=bootstrap(torch.cat([e for _, e in by_prompt.values()])),
+        score_by_prompt={p: bootstrap(s) for p, (s, _) in by_prompt.items()},
+        eps_by_prompt={p: bootstrap(e) for p, (_, e) in by_prompt.items()},
+    )
+
+
+def to_eps(prediction: Tensor, noisy: Tensor, alpha: Tensor, prediction_type: PredictionType) -> Tensor:
+    """A prediction as noise: v = sqrt(alpha) eps - sqrt(1 - alpha) x0, so eps = sqrt(alpha) v + sqrt(1 - alpha) z_t
+    (Salimans and Ho, arXiv 2202.00512, appendix D)."""
+    return prediction if prediction_type == "epsilon" else alpha.sqrt() * prediction + (1 - alpha).sqrt() * noisy
+
+
+def hash_seed(seed: int, place: int, timestep: int) -> int:
+    """One seed for each (seed, prompt's place, timestep), distinct in any usual range."""
+    return (seed * 1_000_003 + place) * 10_007 + timestep
+
+
+def _check(latents: Mapping[str, Tensor], alphas: Tensor, kinds: Sequence[str], timesteps: Sequence[int]) -> None:
+    if not latents or any(len(x) == 0 for x in latents.values()):
+        raise ValueError("There are no latents to compare on; give at least one prompt with at least one sample.")
+    if not timesteps or not all(0 <= t < len(alphas) for t in timesteps):
+        raise ValueError(f"timesteps are {tuple(timesteps)}; each must lie in the schedule's 0 to {len(alphas) - 1}.")
+    for kind in kinds:
+        if kind not in ("epsilon", "v_prediction"):
+            raise ValueError(f"A prediction type is {kind!r}; use 'epsilon' or 'v_prediction'.")

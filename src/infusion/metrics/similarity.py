@@ -1,0 +1,60 @@
+"""Subject fidelity, text alignment, diversity, prior preservation and copying, in any feature space.
+
+Feature space and pictures are the caller's: CLIP or DINO (cosine), LPIPS or a judge's embedding. One sample is one
+generated picture, so that intervals count pictures and not pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infusion.metrics.estimate import Estimate, bootstrap
+
+
+def fidelity(generated: Tensor, photos: Tensor) -> Estimate:
+    """Subject fidelity: mean pairwise cosine between generated pictures (n, d) and photos of the subject (k, d); CLIP-I
+    and DINO of DreamBooth (arXiv 2208.12242, section 4.1)."""
+    return bootstrap(cosines(generated, photos).mean(1))
+
+
+def alignment(generated: Tensor, texts: Tensor) -> Estimate:
+    """Text alignment: mean cosine between each picture (n, d) and its own prompt (n, d), the concept replaced by its
+    class word; CLIP-T of DreamBooth. Raises ValueError where there is not one text per picture."""
+    if generated.shape != texts.shape:
+        raise ValueError(f"{len(generated)} pictures but {len(texts)} texts; give each picture its own prompt.")
+    return bootstrap(F.cosine_similarity(generated.double(), texts.double()))
+
+
+def preservation(generic: Tensor, photos: Tensor) -> Estimate:
+    """PRES: mean pairwise cosine between generated pictures of the *class* and the subject's photos; higher is worse,
+    the class has become the subject (DreamBooth, section 4.3)."""
+    return fidelity(generic, photos)
+
+
+def diversity(groups: Tensor) -> Estimate:
+    """DIV: mean pairwise distance (1 - cosine) among pictures of one prompt, (prompts, pictures, d); one sample is a
+    prompt (DreamBooth, section 4.3, there with LPIPS). Raises ValueError for fewer than two pictures a prompt."""
+    p, k = groups.shape[:2]
+    if k < 2:
+        raise ValueError(f"Diversity needs at least 2 pictures a prompt; there is {k}.")
+    unit = F.normalize(groups.double(), dim=-1)
+    total = (unit @ unit.transpose(1, 2)).sum(dim=(1, 2)) - torch.ones(p, dtype=torch.float64, device=unit.device) * k
+    return bootstrap((1 - total / (k * (k - 1))).cpu())
+
+
+def nearest(generated: Tensor, photos: Tensor) -> tuple[Tensor, Tensor]:
+    """For each generated picture (n, d) the index (n,) of the nearest photo (k, d) and their cosine (n,): what a
+    viewer should see beside it to judge copying."""
+    best = cosines(generated, photos).max(1)
+    return best.indices, best.values
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """All pairwise cosines (n, m) in float64. Raises ValueError for other widths or an empty set."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
+        raise ValueError(
+            f"Sets of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared; give (n, d) and (m, d)."
+        )
+    return (F.normalize(a.double(), dim=-1) @ F.normalize(b.double(), dim=-1).T).cpu()

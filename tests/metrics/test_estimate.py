@@ -1,0 +1,65 @@
+"""Intervals that hold what they promise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from infusion.metrics.estimate import bootstrap, paired, rate
+
+
+def test_the_interval_of_a_mean_is_the_normal_one():
+    x = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    e = bootstrap(x)
+    assert e.value == pytest.approx(float(x.mean()), abs=1e-6)
+    half = 1.96 * float(x.std()) / 20
+    assert e.low == pytest.approx(e.value - half, abs=0.02)
+    assert e.high == pytest.approx(e.value + half, abs=0.02)
+    assert e.n == 400
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(1)
+    inside = 0
+    for trial in range(200):
+        e = bootstrap(torch.rand(40, generator=generator) ** 2, resamples=300, seed=trial)
+        inside += e.low <= 1 / 3 <= e.high
+    assert 0.88 <= inside / 200 <= 0.99
+
+
+def test_any_statistic_and_the_same_seed_the_same_interval():
+    x = torch.arange(101.0)
+    median = lambda v: v.median()  # noqa: E731
+    assert bootstrap(x, median).value == 50
+    assert bootstrap(x, median) == bootstrap(x, median)
+    assert bootstrap(x, median) != bootstrap(x, median, seed=1)
+
+
+def test_few_samples():
+    with pytest.raises(ValueError, match="no samples"):
+        bootstrap(torch.zeros(0))
+    one = bootstrap(torch.tensor([3.0]))
+    assert (one.value, one.n) == (3.0, 1)
+    assert math.isinf(one.high)
+
+
+def test_a_rate_near_its_ends_keeps_an_interval():
+    none = rate(torch.zeros(50, dtype=torch.bool))
+    assert none.value == 0
+    assert none.low == 0
+    assert none.high == pytest.approx(0.0714, abs=1e-3)  # Wilson, 0 of 50
+    half = rate(torch.tensor([True, False] * 25))
+    assert (half.low, half.high) == (pytest.approx(0.366, abs=1e-3), pytest.approx(0.634, abs=1e-3))
+
+
+def test_pairs_are_sharper_than_two_intervals():
+    generator = torch.Generator().manual_seed(2)
+    common = torch.randn(100, generator=generator)
+    a, b = common + 0.1, common + 0.01 * torch.randn(100, generator=generator)
+    difference = paired(a, b)
+    assert difference.low > 0.09
+    assert bootstrap(a).low < bootstrap(b).high
+    with pytest.raises(ValueError, match="cannot be paired"):
+        paired(a, b[:5])

@@ -1,0 +1,102 @@
+"""Latent Fisher divergence against hand-made denoisers whose divergence is known."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import infusion
+from infusion.generation import denoiser
+from infusion.metrics.fisher import latent_fisher_divergence, to_eps
+from tests.conftest import random_concept
+
+ALPHAS = torch.linspace(0.99, 0.01, 100)
+LATENTS = {
+    "a cat": torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(0)),
+    "a car": torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1)),
+}
+
+
+def zero(noisy, t, prompt):
+    return torch.zeros_like(noisy)
+
+
+def off_by(c):
+    return lambda noisy, t, prompt: torch.full_like(noisy, c if prompt == "a cat" else 2 * c)
+
+
+def test_a_known_divergence_in_both_forms():
+    grid = (10, 50, 90)
+    lfd = latent_fisher_divergence(zero, off_by(0.3), LATENTS, ALPHAS, timesteps=grid)
+    assert lfd.eps_by_prompt["a cat"].value == pytest.approx(0.09)
+    assert lfd.eps_by_prompt["a car"].value == pytest.approx(0.36)
+    assert lfd.eps.value == pytest.approx((5 * 0.09 + 3 * 0.36) / 8)
+    weight = float((1 / (1 - ALPHAS[list(grid)])).mean())
+    assert lfd.score_by_prompt["a cat"].value == pytest.approx(0.09 * weight, rel=1e-5)
+    assert (lfd.eps.n, lfd.eps_by_prompt["a car"].n) == (8, 3)
+    assert lfd.eps.low < lfd.eps.value < lfd.eps.high
+
+
+def test_v_prediction_is_the_same_model_in_other_words():
+    def eps_model(noisy, t, prompt):
+        return 0.5 * noisy
+
+    def v_model(noisy, t, prompt):  # the same noise, told as v
+        a = ALPHAS[t][:, None, None, None]
+        eps = 0.5 * noisy
+        clean = (noisy - (1 - a).sqrt() * eps) / a.sqrt()
+        return a.sqrt() * eps - (1 - a).sqrt() * clean
+
+    lfd = latent_fisher_divergence(
+        eps_model, v_model, LATENTS, ALPHAS, ("epsilon", "v_prediction"), timesteps=(5, 40, 80), batch=2
+    )
+    assert lfd.eps.value == pytest.approx(0, abs=1e-10)
+    other = latent_fisher_divergence(eps_model, v_model, LATENTS, ALPHAS, timesteps=(40,))
+    assert other.eps.value > 0.01
+
+
+def test_to_eps_inverts_v():
+    clean, noise, a = torch.randn(3), torch.randn(3), torch.tensor(0.3)
+    noisy, v = a.sqrt() * clean + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * clean
+    assert torch.allclose(to_eps(v, noisy, a, "v_prediction"), noise, atol=1e-6)
+
+
+def test_all_methods_see_the_same_noise_whatever_the_batch():
+    seen = []
+
+    def spy(noisy, t, prompt):
+        seen.append(noisy)
+        return torch.zeros_like(noisy)
+
+    latent_fisher_divergence(spy, zero, LATENTS, ALPHAS, timesteps=(30,), batch=16)
+    whole = torch.cat(seen)
+    seen.clear()
+    latent_fisher_divergence(zero, spy, LATENTS, ALPHAS, timesteps=(30,), batch=2)
+    assert torch.equal(torch.cat(seen), whole)
+
+
+def test_a_concept_has_none_where_it_is_not_named_and_some_where_it_is(pipe):
+    stock = denoiser(copy.deepcopy(pipe))
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    alphas = pipe.scheduler.alphas_cumprod
+
+    def named(noisy, t, prompt):
+        return denoiser(pipe)(noisy, t, prompt.replace("dog", "<milo>"))
+
+    with infusion.attach(pipe, random_concept(pipe.unet, scale=3.0)):
+        custom = denoiser(pipe)
+        others = {"a cat": latents, "a dog in the snow": latents[:1]}
+        assert latent_fisher_divergence(stock, custom, others, alphas, timesteps=(100, 700)).score.value == 0
+        moved = latent_fisher_divergence(stock, named, {"a dog in the snow": latents}, alphas, timesteps=(100, 700))
+        assert moved.eps.value > 1e-6
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="no latents"):
+        latent_fisher_divergence(zero, zero, {}, ALPHAS)
+    with pytest.raises(ValueError, match="0 to 99"):
+        latent_fisher_divergence(zero, zero, LATENTS, ALPHAS, timesteps=(100,))
+    with pytest.raises(ValueError, match="'sample'"):
+        latent_fisher_divergence(zero, zero, LATENTS, ALPHAS, ("epsilon", "sample"), timesteps=(1,))  # type: ignore[arg-type]

@@ -1,0 +1,66 @@
+"""Fidelity, alignment, diversity, preservation, copying and leaks against loops."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from infusion.metrics.leaks import leak
+from infusion.metrics.similarity import alignment, diversity, fidelity, nearest, preservation
+
+
+def rows(n: int, seed: int, d: int = 6) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a @ b) / (a.norm() * b.norm()))
+
+
+def test_fidelity_is_the_mean_over_all_pairs():
+    generated, photos = rows(7, 0), rows(3, 1)
+    loop = sum(cosine(g, p) for g in generated for p in photos) / 21
+    assert fidelity(generated, photos).value == pytest.approx(loop, abs=1e-6)
+    assert fidelity(generated, photos).n == 7
+    assert preservation(generated, photos) == fidelity(generated, photos)
+
+
+def test_alignment_compares_each_picture_with_its_own_prompt():
+    pictures, texts = rows(5, 2), rows(5, 3)
+    assert alignment(pictures, texts).value == pytest.approx(
+        sum(cosine(a, b) for a, b in zip(pictures, texts, strict=True)) / 5, abs=1e-6
+    )
+    with pytest.raises(ValueError, match="5 pictures but 4 texts"):
+        alignment(pictures, texts[:4])
+
+
+def test_diversity_is_the_mean_distance_of_pairs_of_one_prompt():
+    groups = torch.stack([rows(4, seed) for seed in (4, 5, 6)])
+    loop = [sum(1 - cosine(a, b) for a, b in combinations(g, 2)) / 6 for g in groups]
+    assert diversity(groups).value == pytest.approx(sum(loop) / 3, abs=1e-6)
+    assert diversity(groups[:, :1].expand(3, 4, 6)).value == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="at least 2 pictures"):
+        diversity(groups[:, :1])
+
+
+def test_the_nearest_photo_is_found():
+    photos = rows(4, 7)
+    index, similarity = nearest(torch.stack([photos[2] * 3, photos[0] + 0.01]), photos)
+    assert index.tolist() == [2, 0]
+    assert similarity[0] == pytest.approx(1)
+
+
+def test_a_leak_counts_only_prompts_that_asked_for_something_else():
+    asked = ["beach", "snow", "meadow", None, "city", "city"]
+    custom = ["meadow", "snow", "meadow", "meadow", None, "meadow"]
+    base = ["beach", "snow", "meadow", "beach", "city", "meadow"]
+    found = leak(custom, base, asked, trained="meadow")
+    assert (found.custom.value, found.base.value) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert found.above.value == pytest.approx(1 / 3)
+    assert (found.custom.n, found.unread) == (3, 1)
+    with pytest.raises(ValueError, match="other than 'city'"):
+        leak(["city"], ["city"], ["city"], "city")
+    with pytest.raises(ValueError, match="1, 2 and 1 entries"):
+        leak(["city"], ["city", "x"], ["beach"], "city")
