@@ -34,7 +34,9 @@ WORLD = (
     "models",
     "grounding",
     "separation",
+    "segmentation",
     "autoencoder",
+    "validation",
     "release",
     "pretrain",
 )

@@ -8,20 +8,13 @@ import torch
 from accelerate import Accelerator
 
 from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, psnr, standardize, train_autoencoder
-from infusion.world.dataset import Dataset, build_dataset, load_dataset
+from infusion.world.dataset import Dataset, build_dataset, load_dataset, sample_batch
 from infusion.world.grounding import grounding_loss, map_gate, recorded_maps
 from infusion.world.models import build_autoencoder, build_pipeline, build_scheduler, build_text_encoder, build_unet
-from infusion.world.pretrain import (
-    PretrainConfig,
-    draw_timesteps,
-    measure_maps,
-    sample_batch,
-    subject_weights,
-    train_base,
-    validate,
-)
+from infusion.world.pretrain import PretrainConfig, draw_timesteps, subject_weights, train_base
 from infusion.world.release import read_weights, write_weights
 from infusion.world.tokenizer import build_tokenizer
+from infusion.world.validation import measure_maps, validate
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from infusion.world.captions import Caption, caption
 from infusion.world.scenes import SIDE, Scene, held_out, random_scene, render
@@ -82,6 +84,30 @@ def build_dataset(folder: Path, count: int, seed: int = 0, workers: int | None =
 def load_dataset(folder: Path) -> Dataset:
     """The set drawn into `folder` by `build_dataset`."""
     return Dataset(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _LAYOUT})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """latents (b, c, g, g); ids (b, m); words (b, s, m) bool; masks (b, s, g, g) in [0, 1]."""
+
+    latents: Tensor
+    ids: Tensor
+    words: Tensor
+    masks: Tensor
+
+
+def sample_batch(
+    latents: Tensor, data: Dataset, rows: np.ndarray, rng: np.random.Generator, dropout: float = 0.0
+) -> Batch:
+    """The scenes `rows`, each with one of its captions; captions are dropped (empty) with `dropout`."""
+    which = rng.integers(CAPTIONS_PER_SCENE, size=len(rows))
+    ids = torch.from_numpy(data.ids[rows, which].astype(np.int64))
+    words = torch.from_numpy(data.words[rows, which])
+    empty = torch.from_numpy(rng.random(len(rows)) < dropout)
+    ids[empty, 1:] = int(ids[0, -1])  # a short caption ends in padding, which is the end token: so does an empty one
+    words[empty] = False
+    masks = torch.from_numpy(data.masks[rows].astype(np.float32) / 255)
+    return Batch(latents[torch.from_numpy(rows)].float(), ids, words, masks)
 
 
 def encode_caption(words: Caption) -> tuple[np.ndarray, np.ndarray]:

@@ -25,12 +25,14 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, psnr, standardize, train_autoencoder
-from infusion.world.dataset import CAPTIONS_PER_SCENE, GRID, Dataset, build_dataset, load_dataset
-from infusion.world.grounding import MapGate, grounding_loss, map_gate, mean_heat, recorded_maps
+from infusion.world.dataset import Dataset, build_dataset, load_dataset, sample_batch
+from infusion.world.grounding import grounding_loss, recorded_maps
 from infusion.world.models import build_autoencoder, build_scheduler, build_text_encoder, build_unet
 from infusion.world.release import read_weights
+from infusion.world.segmentation import SegmentationHead, class_targets, segmentation_loss
 from infusion.world.separation import meanings, separation_loss
 from infusion.world.tokenizer import build_tokenizer
+from infusion.world.validation import Validation, measure_maps, validate, validation_scenes
 
 CHECKPOINT = "base.pt"
 
@@ -48,6 +50,7 @@ class PretrainConfig:
     caption_dropout: float = 0.1
     grounding_weight: float = 0.5
     separation_weight: float = 0.2
+    segmentation_weight: float = 0.3
     subject_weight: float = 2.0  # how much more an error inside a subject's mask counts
     ema: float = 0.999
     seed: int = 0
@@ -68,41 +71,9 @@ class Progress:
     denoising: float
     grounding: float
     separation: float
+    segmentation: float
     learning_rate: float
     validation: Validation | None = None
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Denoising loss of the averaged weights on scenes that training never sees, by timestep: over
-    the whole picture, and inside the subjects' masks alone."""
-
-    whole: dict[int, float]
-    subject: dict[int, float]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """latents (b, c, g, g); ids (b, m); words (b, s, m) bool; masks (b, s, g, g) in [0, 1]."""
-
-    latents: Tensor
-    ids: Tensor
-    words: Tensor
-    masks: Tensor
-
-
-def sample_batch(
-    latents: Tensor, data: Dataset, rows: np.ndarray, rng: np.random.Generator, dropout: float = 0.0
-) -> Batch:
-    """The scenes `rows`, each with one of its captions; captions are dropped (empty) with `dropout`."""
-    which = rng.integers(CAPTIONS_PER_SCENE, size=len(rows))
-    ids = torch.from_numpy(data.ids[rows, which].astype(np.int64))
-    words = torch.from_numpy(data.words[rows, which])
-    empty = torch.from_numpy(rng.random(len(rows)) < dropout)
-    ids[empty, 1:] = int(ids[0, -1])  # a short caption ends in padding, which is the end token: so does an empty one
-    words[empty] = False
-    masks = torch.from_numpy(data.masks[rows].astype(np.float32) / 255)
-    return Batch(latents[torch.from_numpy(rows)].float(), ids, words, masks)
 
 
 def draw_timesteps(rng: np.random.Generator, count: int, steps: int) -> Tensor:
@@ -129,7 +100,7 @@ def train_base(
     config: PretrainConfig,
     accelerator: Accelerator,
 ) -> Iterator[Progress]:
-    """Train both networks with v-prediction, the grounding and the separation term; they hold the averaged weights at the end.
+    """Train both networks with v-prediction, the grounding, separation and segmentation terms; they hold the averaged weights at the end.
 
     Every step yields; every `save_every` steps and at the end a checkpoint is written to `folder`,
     from which a later call with the same folder goes on.
@@ -138,7 +109,8 @@ def train_base(
     device = accelerator.device
     unet.to(device, memory_format=torch.channels_last)
     text_encoder.to(device)
-    networks = torch.nn.ModuleDict({"unet": unet, "text": text_encoder})
+    head = SegmentationHead(unet).to(device)
+    networks = torch.nn.ModuleDict({"unet": unet, "text": text_encoder, "head": head})
     decayed = [p for p in networks.parameters() if p.ndim >= 2]
     plain = [p for p in networks.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -191,14 +163,21 @@ def train_base(
             with accelerator.autocast():
                 states = text_encoder(ids).last_hidden_state
                 predicted = unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, states).sample
+                logits = head()
             masks = batch.masks.to(device)
             weights = subject_weights(masks, config.subject_weight)
             denoising = (weights * (predicted.float() - target).square()).mean()
-            grounding = grounding_loss(records, batch.words.to(device), masks)
+            words = batch.words.to(device)
+            grounding = grounding_loss(records, words, masks)
             records.clear()
             separation = separation_loss(states, ids, table)
-            loss = denoising + config.grounding_weight * grounding + config.separation_weight * separation
-            accelerator.backward(loss)
+            segmentation = segmentation_loss(logits, class_targets(ids, words, masks, table))
+            accelerator.backward(
+                denoising
+                + config.grounding_weight * grounding
+                + config.separation_weight * separation
+                + config.segmentation_weight * segmentation
+            )
             torch.nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -215,9 +194,10 @@ def train_base(
                 measured = validate(text_encoder, unet, *validation)
                 ema.restore(networks.parameters())
                 records.clear()
-            losses = float(denoising), float(grounding), float(separation)
+            losses = float(denoising), float(grounding), float(separation), float(segmentation)
             yield Progress(step, step * config.batch, spent, *losses, lr, measured)
         save()
+    head.remove()
     ema.copy_to(networks.parameters())
 
 
@@ -227,60 +207,6 @@ def _epoch_rows(count: int, config: PretrainConfig, step: int) -> np.ndarray:
     epoch, index = divmod(step, per_epoch)
     order = np.random.default_rng((config.seed, 7, epoch)).permutation(count)
     return order[index * config.batch : (index + 1) * config.batch]
-
-
-@torch.no_grad()
-def validate(
-    text_encoder: CLIPTextModel,
-    unet: UNet2DConditionModel,
-    latents: Tensor,
-    data: Dataset,
-    timesteps: tuple[int, ...] = (100, 300, 500, 700, 900),
-) -> Validation:
-    """Denoising loss at fixed timesteps with fixed captions and noise, on all of `latents`."""
-    rows = np.arange(len(latents))
-    batch = sample_batch(latents, data, rows, np.random.default_rng(0))
-    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
-    alphas = build_scheduler().alphas_cumprod
-    inside = batch.masks.sum(1, keepdim=True).clamp(max=1)
-    states = text_encoder(batch.ids.to(unet.device)).last_hidden_state
-    whole, subject = {}, {}
-    for t in timesteps:
-        a, s = alphas[t].sqrt(), (1 - alphas[t]).sqrt()
-        noisy = (a * batch.latents + s * noise).to(unet.device)
-        parts = [unet(noisy[i : i + 64], t, states[i : i + 64]).sample.float().cpu() for i in range(0, len(rows), 64)]
-        error = (torch.cat(parts) - (a * noise - s * batch.latents)).square().mean(1, keepdim=True)
-        whole[t] = round(float(error.mean()), 4)
-        subject[t] = round(float((error * inside).sum() / inside.sum()), 4)
-    return Validation(whole, subject)
-
-
-@torch.no_grad()
-def measure_maps(
-    text_encoder: CLIPTextModel,
-    unet: UNet2DConditionModel,
-    latents: Tensor,
-    data: Dataset,
-    timesteps: tuple[int, ...] = (400, 500, 600),
-) -> MapGate:
-    """The map gate at middle timesteps on all of `latents`: maps averaged over the layers of 16x16 and
-    8x8, all heads and the timesteps."""
-    count = len(latents)
-    rows = np.arange(count)
-    batch = sample_batch(latents, data, rows, np.random.default_rng(0))
-    alphas = build_scheduler().alphas_cumprod
-    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
-    states = text_encoder(batch.ids.to(unet.device)).last_hidden_state
-    heat = torch.zeros(count, batch.words.shape[1], GRID, GRID)
-    with recorded_maps(unet) as records:
-        for t in timesteps:
-            for i in range(0, count, 64):
-                part = slice(i, i + 64)
-                noisy = alphas[t].sqrt() * batch.latents[part] + (1 - alphas[t]).sqrt() * noise[part]
-                unet(noisy.to(unet.device), t, states[part])
-                heat[part] += mean_heat(records, batch.words[part].to(unet.device), GRID).cpu() / len(timesteps)
-                records.clear()
-    return map_gate(heat, batch.words, batch.masks)
 
 
 def prepare(folder: Path, config: PretrainConfig, accelerator: Accelerator) -> tuple[AutoencoderKL, Tensor, Dataset]:
@@ -306,16 +232,6 @@ def prepare(folder: Path, config: PretrainConfig, accelerator: Accelerator) -> t
     autoencoder = build_autoencoder()
     autoencoder.load_state_dict(state["autoencoder"])
     return autoencoder.eval().to(accelerator.device), state["latents"], data
-
-
-def validation_scenes(
-    folder: Path, autoencoder: AutoencoderKL, config: PretrainConfig, count: int = 256
-) -> tuple[Tensor, Dataset]:
-    """Latents and truth of fresh scenes, drawn from another seed than the training set."""
-    for _ in build_dataset(folder / "validation", count, config.seed + 1):
-        pass
-    data = load_dataset(folder / "validation")
-    return encode_dataset(autoencoder, data), data
 
 
 def _trained_autoencoder(
@@ -356,6 +272,7 @@ def main() -> None:
         "decay",
         "grounding_weight",
         "separation_weight",
+        "segmentation_weight",
         "subject_weight",
         "seed",
     ):
@@ -375,12 +292,12 @@ def main() -> None:
     if config.from_weights:
         unet.load_state_dict(read_weights("unet"))
         text_encoder.load_state_dict(read_weights("text_encoder"))
-    validation = validation_scenes(args.folder, autoencoder, config)
-    sums = np.zeros(4)
+    validation = validation_scenes(args.folder / "validation", autoencoder, config.seed)
+    sums = np.zeros(5)
     for p in train_base(text_encoder, unet, latents, data, validation, args.folder, config, accelerator):
-        sums += (1, p.denoising, p.grounding, p.separation)
+        sums += (1, p.denoising, p.grounding, p.separation, p.segmentation)
         if p.step % 100 == 0:
-            _, denoising, grounding, separation = sums / sums[0]
+            _, denoising, grounding, separation, segmentation = sums / sums[0]
             sums[:] = 0
             _log(
                 args.folder,
@@ -391,6 +308,7 @@ def main() -> None:
                 denoising=round(denoising, 4),
                 grounding=round(grounding, 4),
                 separation=round(separation, 4),
+                segmentation=round(segmentation, 4),
                 lr=p.learning_rate,
             )
         if p.validation:
