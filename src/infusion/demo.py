@@ -22,7 +22,8 @@ from infusion.base import load_base
 from infusion.concept import Concept
 from infusion.generation import Picture, generate, save_pictures
 from infusion.lesson import Lesson, prepare_lesson
-from infusion.methods.finetune import FinetuneConfig, FinetuneState, finetuning, with_unet
+from infusion.methods.dreambooth import DreamBoothConfig, dreambooth
+from infusion.methods.interface import MethodState, rebuilt
 from infusion.photos import load_photos
 from infusion.pipelines import attach
 from infusion.report.page import Grid, Page, Row, write_page
@@ -52,7 +53,7 @@ PROMPTS = (
 
 # progress("Learning", done, of)
 Progress = Callable[[str, int, int], None]
-State = TypeVar("State", LearnState, FinetuneState)
+State = TypeVar("State", LearnState, MethodState)
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,9 @@ def compare(
         alone = finished("Learning in a single stream", learning(pipe, lesson, word, name, alone_config)).concept
         with attach(pipe, alone, two_streams=False):
             singles = drawn("Drawing in a single stream", pipe, f"<{name}>")
-    tuning = finetuning(pipe, lesson, FinetuneConfig(config.steps, config.batch, seed=config.seed))
+    tuning = dreambooth(pipe, lesson, DreamBoothConfig(config.steps, config.batch, seed=config.seed))
     tuned = finished("Fine-tuning a full copy, for comparison", tuning)
-    copy = with_unet(pipe, tuned.unet)
+    copy = rebuilt(pipe, unet=tuned.adapter.unet.eval())
     finetune = drawn("Drawing with the fine-tuned copy", copy, plain)
     return Compared(lesson, concept, alone, copy, base, infusion, singles, finetune, seconds, concept_path)
 

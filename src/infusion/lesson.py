@@ -47,13 +47,15 @@ class Texts:
 class Draw:
     """One training batch: what the UNet sees, what it should say, and where that counts.
 
-    noisy, target (b, c, g, g); timesteps (b,); mask (b, 1, g, g) in [0, 1]; texts of the b rows.
+    noisy, target (b, c, g, g); timesteps (b,); mask (b, 1, g, g) in [0, 1]; captions (b,), the place of each row's
+    caption among the lesson's; kwargs hold their text states.
     """
 
     noisy: Tensor
     target: Tensor
     timesteps: Tensor
     mask: Tensor
+    captions: Tensor
     plan: Plan
     kwargs: dict[str, Any]
 
@@ -63,7 +65,7 @@ class Lesson:
     """Photos of one subject as a diffusion model's training data.
 
     pictures: the squared photos. latents (n, c, g, g) of the photos, then of their mirror images where wanted,
-    scaled as the UNet expects them. masks (n, g, g) in [0, 1] in the same order.
+    scaled as the UNet expects them. masks (n, g, g) in [0, 1] in the same order. templates: the captions, "{}" for the subject.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Lesson:
     pictures: tuple[Image.Image, ...]
     latents: Tensor
     masks: Tensor
+    templates: tuple[str, ...]
     texts: Texts
     noise: DDPMScheduler
 
@@ -97,6 +100,7 @@ class Lesson:
             target=target,
             timesteps=timesteps,
             mask=self.masks[photo][:, None],
+            captions=text_rows,
             plan=Plan(tuple(self.texts.mentions[i] for i in text.tolist()), states),
             kwargs={"encoder_hidden_states": states, **({"added_cond_kwargs": extra} if extra else {})},
         )
@@ -128,7 +132,7 @@ def prepare_lesson(
     latents = encode_pictures(pipe, [*pictures, *mirrored])
     texts = encode_texts(pipe, [t.format(_TAG) for t in templates], {"subject": word}, name)
     masks = torch.ones_like(latents[:, 0])
-    lesson = Lesson(name, word, pictures, latents, masks, texts, noise)
+    lesson = Lesson(name, word, pictures, latents, masks, tuple(templates), texts, noise)
     return replace(lesson, masks=_masks(lesson, unet, photos)) if masked else lesson
 
 

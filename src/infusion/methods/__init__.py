@@ -1,1 +1,18 @@
-"""Methods that Infusion is compared with; one file each, readable alone."""
+"""The methods that Infusion is compared with, one file each, behind the interface of `interface.py`.
+
+METHODS names them: each takes (pipe, lesson) and its own configuration, and those that preserve a prior also `prior`.
+"""
+
+from __future__ import annotations
+
+from infusion.methods.custom_diffusion import custom_diffusion
+from infusion.methods.dreambooth import dreambooth
+from infusion.methods.lora import dreambooth_lora
+from infusion.methods.textual_inversion import textual_inversion
+
+METHODS = {
+    "textual-inversion": textual_inversion,
+    "dreambooth": dreambooth,
+    "dreambooth-lora": dreambooth_lora,
+    "custom-diffusion": custom_diffusion,
+}

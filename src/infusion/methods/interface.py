@@ -1,0 +1,59 @@
+"""What every method gives: states while it learns, and an adapter that draws.
+
+    for state in dreambooth(pipe, lesson, DreamBoothConfig(steps=200)):
+        print(state.step, state.loss)
+    with state.adapter.attached(pipe) as custom:
+        custom(f"a photo of {state.adapter.subject} on the beach")
+
+All methods learn from the same `Lesson`, leave the given pipeline as it is, and draw photo, caption, timestep and
+noise of each step from the same seed in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+
+class Adapter(Protocol):
+    """What a method learned."""
+
+    @property
+    def subject(self) -> str:
+        """How a prompt names the subject: "a dog", "<milo>", "a <milo> dog"."""
+        ...
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Everything that would have to be stored, by name."""
+        ...
+
+    def attached(self, pipe: DiffusionPipeline) -> AbstractContextManager[DiffusionPipeline]:
+        """A pipeline that can draw the subject, within the block; `pipe` is as before after it."""
+        ...
+
+
+@dataclass(frozen=True)
+class MethodState:
+    """State after `step` of `steps`: the batch's loss, and the adapter so far, which goes on changing with later steps."""
+
+    step: int
+    steps: int
+    loss: float
+    adapter: Any
+
+
+def stored_bytes(adapter: Adapter, bytes_per_value: int = 2) -> int:
+    """Size of the learned tensors at `bytes_per_value`, 2 for fp16; headers not counted, so that methods compare."""
+    return sum(t.numel() for t in adapter.tensors().values()) * bytes_per_value
+
+
+def rebuilt(pipe: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
+    """A pipeline like `pipe` with other components; everything else is shared."""
+    other = type(pipe).from_pipe(pipe, torch_dtype=pipe.unet.dtype, **components)
+    other.set_progress_bar_config(disable=True)
+    return other

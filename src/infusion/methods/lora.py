@@ -1,0 +1,91 @@
+"""DreamBooth-LoRA: low-rank updates of the UNet's attention projections, by peft, with DreamBooth's loss.
+
+As diffusers' train_dreambooth_lora.py: rank 4, alpha = rank, gaussian start, on to_q, to_k, to_v and to_out.0 of self- and
+cross-attention (LoRA, arXiv 2106.09685).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from torch import Tensor, nn
+
+from infusion.lesson import Lesson
+from infusion.methods.dreambooth import denoising_loss
+from infusion.methods.interface import MethodState
+from infusion.streams import require_unet
+
+TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """steps x batch samples are seen. The learning rate is for the embedded base; at Stable Diffusion's size 1e-4."""
+
+    steps: int = 200
+    batch: int = 8
+    learning_rate: float = 1e-3
+    rank: int = 4
+    prior_weight: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank matrices on a copy of the UNet."""
+
+    subject: str
+    unet: nn.Module
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The matrices, under peft's names."""
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(self.unet)
+
+    @contextmanager
+    def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
+        """The pipeline itself, with the LoRA loaded as a file of it would be."""
+        pipe.load_lora_weights({f"unet.{k}": v for k, v in self.tensors().items()}, adapter_name="subject")
+        try:
+            yield pipe
+        finally:
+            pipe.unload_lora_weights()
+
+
+def dreambooth_lora(
+    pipe: DiffusionPipeline, lesson: Lesson, config: LoraConfig | None = None, prior: Lesson | None = None
+) -> Iterator[MethodState]:
+    """Train a LoRA on a copy of the pipeline's UNet, yielding after every step. Needs peft."""
+    import peft
+
+    config = config or LoraConfig()
+    unet = copy.deepcopy(require_unet(pipe)).requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        unet.add_adapter(
+            peft.LoraConfig(
+                r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian", target_modules=list(TARGETS)
+            )
+        )
+    cast_training_params(unet)  # LoRA weights train in fp32 also under an fp16 UNet
+    learned = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, config.learning_rate, weight_decay=1e-2)
+    generator = torch.Generator().manual_seed(config.seed)
+    prior_generator = torch.Generator().manual_seed(config.seed + 1)
+    adapter = Lora(f"a {lesson.word}", unet)
+    for step in range(1, config.steps + 1):
+        loss = denoising_loss(unet, lesson.draw(config.batch, generator))
+        if prior is not None:
+            loss = loss + config.prior_weight * denoising_loss(unet, prior.draw(config.batch, prior_generator))
+        loss.backward()
+        nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield MethodState(step, config.steps, float(loss.detach()), adapter)

@@ -1,0 +1,71 @@
+"""Textual Inversion (arXiv 2208.01618): the embedding of one new word, everything else frozen.
+
+As diffusers' textual_inversion.py: the word begins as the class word's embedding, the plain denoising loss on the whole
+picture, AdamW with weight decay 1e-2 on the embedding alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from infusion.lesson import Lesson
+from infusion.methods.dreambooth import denoising_loss
+from infusion.methods.interface import MethodState, rebuilt
+from infusion.methods.tokens import NewWord
+from infusion.streams import require_unet
+
+
+@dataclass(frozen=True)
+class TextualInversionConfig:
+    """steps x batch samples are seen. The learning rate is for the embedded base; diffusers' is 5e-4 a sample."""
+
+    steps: int = 200
+    batch: int = 8
+    learning_rate: float = 5e-3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class WordEmbedding:
+    """One embedding (1, d) for the token `subject`."""
+
+    subject: str
+    embedding: Tensor
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The embedding, under its token as textual-inversion files have it."""
+        return {self.subject: self.embedding.detach()}
+
+    @contextmanager
+    def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
+        """A pipeline with a text encoder of its own that has loaded the embedding the way diffusers does."""
+        parts = {name: copy.deepcopy(getattr(pipe, name)) for name in ("tokenizer", "text_encoder")}
+        custom = rebuilt(pipe, **parts)
+        custom.load_textual_inversion({self.subject: self.embedding.detach()}, token=self.subject)
+        yield custom
+
+
+def textual_inversion(
+    pipe: DiffusionPipeline, lesson: Lesson, config: TextualInversionConfig | None = None
+) -> Iterator[MethodState]:
+    """Learn the embedding of `<name>`, yielding after every step."""
+    config = config or TextualInversionConfig()
+    word = NewWord(pipe, lesson.name, lesson.word)
+    ids = word.token_ids([t.format(word.token) for t in lesson.templates])
+    unet = require_unet(pipe)
+    optimizer = torch.optim.AdamW([word.embedding], config.learning_rate, weight_decay=1e-2)
+    generator = torch.Generator().manual_seed(config.seed)
+    adapter = WordEmbedding(word.token, word.embedding)
+    for step in range(1, config.steps + 1):
+        draw = lesson.draw(config.batch, generator)
+        loss = denoising_loss(unet, draw, word.states(ids[draw.captions]))
+        word.embedding.grad = torch.autograd.grad(loss, word.embedding)[0]  # the base's own weights get none
+        optimizer.step()
+        yield MethodState(step, config.steps, float(loss.detach()), adapter)

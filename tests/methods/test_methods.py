@@ -1,0 +1,194 @@
+"""Each method against its published loop written out, or peft; drawn with what was saved; nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from infusion.errors import InfusionError
+from infusion.lesson import prepare_lesson
+from infusion.methods import METHODS
+from infusion.methods.custom_diffusion import CustomDiffusionConfig, custom_diffusion
+from infusion.methods.dreambooth import DreamBoothConfig, dreambooth, prior_lesson
+from infusion.methods.interface import stored_bytes
+from infusion.methods.lora import LoraConfig, dreambooth_lora
+from infusion.methods.textual_inversion import TextualInversionConfig, textual_inversion
+from infusion.methods.tokens import NewWord
+from infusion.photos import Photo
+from infusion.streams import cross_attention_layers
+from tests.conftest import latents
+
+SMALL = {
+    "textual-inversion": partial(textual_inversion, config=TextualInversionConfig(3, 2, 0.05)),
+    "dreambooth": partial(dreambooth, config=DreamBoothConfig(3, 2, 1e-3)),
+    "dreambooth-lora": partial(dreambooth_lora, config=LoraConfig(3, 2, 1e-2, rank=2)),
+    "custom-diffusion": partial(custom_diffusion, config=CustomDiffusionConfig(3, 2, 1e-2)),
+}
+
+
+@pytest.fixture
+def lesson(pipe):
+    rng = np.random.default_rng(0)
+    photos = [Photo(Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))) for _ in range(3)]
+    return prepare_lesson(pipe, photos, "dog", "milo", masked=False)
+
+
+def mse(unet, draw, states=None):
+    states = draw.kwargs["encoder_hidden_states"] if states is None else states
+    return (unet(draw.noisy, draw.timesteps, states).sample - draw.target).pow(2).mean()
+
+
+def test_every_method_is_tried_here():
+    assert SMALL.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_pipeline_stays_and_the_adapter_draws(pipe, lesson, name):
+    prompt = "a photo of {} on the beach"
+    before = latents(pipe, "a photo of a dog on the beach")
+    weights = {k: v.clone() for part in (pipe.unet, pipe.text_encoder) for k, v in part.state_dict().items()}
+    first, *_, last = [(s.step, s.loss, s.adapter) for s in SMALL[name](pipe, lesson)]
+    assert (first[0], last[0]) == (1, 3)
+    adapter = last[2]
+    with adapter.attached(pipe) as custom:
+        drawn = latents(custom, prompt.format(adapter.subject))
+        assert torch.equal(drawn, latents(custom, prompt.format(adapter.subject)))
+    assert (drawn - before).abs().max() > 1e-5
+    assert torch.equal(latents(pipe, "a photo of a dog on the beach"), before)
+    after = {k: v for part in (pipe.unet, pipe.text_encoder) for k, v in part.state_dict().items()}
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[k], v) for k, v in weights.items())
+    assert all(p.grad is None for p in pipe.unet.parameters())
+    assert "<milo>" not in pipe.tokenizer.get_vocab()
+    assert stored_bytes(adapter) == 2 * sum(t.numel() for t in adapter.tensors().values()) > 0
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_same_seed_learns_the_same(pipe, lesson, name):
+    runs = [[s.adapter for s in SMALL[name](pipe, lesson)][-1].tensors() for _ in range(2)]
+    assert runs[0].keys() == runs[1].keys()
+    assert all(torch.equal(v, runs[1][k]) for k, v in runs[0].items())
+
+
+def test_dreambooth_equals_a_plain_loop(pipe, lesson):
+    unet = copy.deepcopy(pipe.unet)
+    optimizer = torch.optim.AdamW(unet.parameters(), 1e-3, weight_decay=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        loss = mse(unet, lesson.draw(2, generator))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+    *_, state = SMALL["dreambooth"](pipe, lesson)
+    tuned = state.adapter.unet
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(unet.parameters(), tuned.parameters(), strict=True))
+
+
+def test_dreambooth_with_a_prior_and_an_identifier(pipe, lesson):
+    prior = prior_lesson(pipe, lesson, count=4, steps=1)
+    assert len(prior.latents) == 4
+    assert float(prior.masks.min()) == 1
+    config = DreamBoothConfig(1, 2, 1e-3, identifier="sks", prior_weight=0.5)
+    state = next(dreambooth(pipe, lesson, config, prior))
+    assert state.adapter.subject == "a sks dog"
+    drawn = lesson.draw(2, torch.Generator().manual_seed(0))
+    captions = [lesson.templates[i].format("sks dog") for i in drawn.captions.tolist()]
+    states = pipe.encode_prompt(captions, "cpu", 1, False)[0]
+    expected = mse(pipe.unet, drawn, states) + 0.5 * mse(pipe.unet, prior.draw(2, torch.Generator().manual_seed(1)))
+    assert state.loss == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_lora_equals_matrices_written_out(pipe, lesson):
+    *_, state = SMALL["dreambooth-lora"](pipe, lesson)
+    matrices = state.adapter.tensors()
+    assert len(matrices) == 2 * 4 * 2 * len(cross_attention_layers(pipe.unet))  # A and B, 4 projections, self and cross
+    merged = copy.deepcopy(pipe.unet)
+    with torch.no_grad():
+        for key in (k for k in matrices if "lora_A" in k):
+            a, b = matrices[key], matrices[key.replace("lora_A", "lora_B")]
+            merged.get_submodule(key.split(".lora_A")[0]).weight += b @ a  # alpha = rank, so the factor is 1
+    draw = lesson.draw(3, torch.Generator().manual_seed(5))
+    with torch.no_grad(), state.adapter.attached(pipe) as custom:
+        ours = custom.unet(draw.noisy, draw.timesteps, **draw.kwargs).sample
+        assert torch.allclose(ours, merged(draw.noisy, draw.timesteps, **draw.kwargs).sample, atol=1e-5)
+        assert (ours - state.adapter.unet(draw.noisy, draw.timesteps, **draw.kwargs).sample).abs().max() < 1e-5
+
+
+def with_row(pipe):
+    """Tokenizer and text encoder with a token `<milo>` begun as "dog", the way diffusers' example does it."""
+    tokenizer, text = copy.deepcopy(pipe.tokenizer), copy.deepcopy(pipe.text_encoder)
+    tokenizer.add_tokens("<milo>")
+    text.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    table = text.get_input_embeddings().weight
+    row = tokenizer.convert_tokens_to_ids("<milo>")
+    table.data[row] = table.data[tokenizer.convert_tokens_to_ids("dog</w>")]
+    return tokenizer, text, table, row
+
+
+def test_textual_inversion_equals_diffusers_loop(pipe, lesson):
+    tokenizer, text, table, row = with_row(pipe)
+    kept = table.detach().clone()
+    ids = tokenizer([t.format("<milo>") for t in lesson.templates], padding="max_length", return_tensors="pt")[
+        "input_ids"
+    ]
+    optimizer = torch.optim.AdamW([table], 0.05, weight_decay=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    others = torch.arange(len(table)) != row
+    for _ in range(3):
+        draw = lesson.draw(2, generator)
+        optimizer.zero_grad()
+        mse(pipe.unet, draw, text(ids[draw.captions])[0]).backward()
+        optimizer.step()
+        table.data[others] = kept[others]  # the example restores all other rows after every step
+    *_, state = SMALL["textual-inversion"](pipe, lesson)
+    assert torch.allclose(state.adapter.embedding[0], table.detach()[row], atol=1e-5)
+    assert (table.detach()[row] - kept[row]).abs().max() > 0.01
+
+
+def test_custom_diffusion_equals_a_loop_over_full_copies(pipe, lesson):
+    tokenizer, text, table, row = with_row(pipe)
+    kept = table.detach().clone()
+    unet = copy.deepcopy(pipe.unet).requires_grad_(False)
+    text.requires_grad_(False)
+    table.requires_grad_(True)
+    projections = [
+        getattr(m, p).weight.requires_grad_(True)
+        for m in cross_attention_layers(unet).values()
+        for p in ("to_k", "to_v")
+    ]
+    ids = tokenizer([t.format("<milo> dog") for t in lesson.templates], padding="max_length", return_tensors="pt")[
+        "input_ids"
+    ]
+    optimizer = torch.optim.AdamW([*projections, table], 1e-2, weight_decay=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    others = torch.arange(len(table)) != row
+    for _ in range(3):
+        draw = lesson.draw(2, generator)
+        optimizer.zero_grad()
+        mse(unet, draw, text(ids[draw.captions])[0]).backward()
+        table.grad[others] = 0  # the example does so; its clipping comes after
+        nn.utils.clip_grad_norm_([*projections, table], 1.0)
+        optimizer.step()
+        table.data[others] = kept[others]
+    *_, state = SMALL["custom-diffusion"](pipe, lesson)
+    ours = list(state.adapter.weights.values())
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, projections, strict=True))
+    assert torch.allclose(state.adapter.word.embedding[0], table.detach()[row], atol=1e-5)
+    assert state.adapter.subject == "a <milo> dog"
+
+
+def test_a_new_word_is_refused_where_it_cannot_be(pipe):
+    word = NewWord(pipe, "milo", "dog")
+    stock = pipe.encode_prompt("a dog", "cpu", 1, False)[0]  # the word begins as "dog"
+    assert torch.allclose(word.states(word.token_ids(["a <milo>"])), stock, atol=1e-6)
+    with pytest.raises(InfusionError, match="cut off"):
+        word.token_ids(["a " * 60 + "<milo>"])
+    with pytest.raises(InfusionError, match="known to the tokenizer already"):
+        NewWord(word.pipe, "milo", "dog")
