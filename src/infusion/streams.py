@@ -54,6 +54,15 @@ def value_lengths(unet: nn.Module) -> dict[str, int]:
     return {path: int(m.to_v.out_features) for path, m in cross_attention_layers(unet).items()}
 
 
+def projections(unet: nn.Module) -> dict[str, nn.Linear]:
+    """to_k and to_v of every cross-attention layer, by module path."""
+    return {
+        f"{path}.{part}": getattr(layer, part)
+        for path, layer in cross_attention_layers(unet).items()
+        for part in ("to_k", "to_v")
+    }
+
+
 def require_unet(pipe: DiffusionPipeline) -> UNet2DConditionModel:
     """The pipeline's UNet. Raises InfusionError for pipelines of another kind."""
     unet = getattr(pipe, "unet", None)

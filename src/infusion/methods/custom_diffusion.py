@@ -20,7 +20,7 @@ from infusion.methods.dreambooth import denoising_loss
 from infusion.methods.interface import MethodState
 from infusion.methods.textual_inversion import WordEmbedding
 from infusion.methods.tokens import NewWord
-from infusion.streams import cross_attention_layers, require_unet
+from infusion.streams import projections, require_unet
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class KeysAndValues:
     @contextmanager
     def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
         """A pipeline with the word, on the same UNet, whose projections are exchanged within the block."""
-        projections = _projections(require_unet(pipe))
-        stock = {path: projections[path].weight for path in self.weights}
+        layers = projections(require_unet(pipe))
+        stock = {path: layers[path].weight for path in self.weights}
         try:
             for path, weight in self.weights.items():
-                projections[path].weight = nn.Parameter(weight.detach().to(stock[path]), requires_grad=False)
+                layers[path].weight = nn.Parameter(weight.detach().to(stock[path]), requires_grad=False)
             with self.word.attached(pipe) as custom:
                 yield custom
         finally:
             for path, weight in stock.items():
-                projections[path].weight = weight
+                layers[path].weight = weight
 
 
 def custom_diffusion(
@@ -71,7 +71,7 @@ def custom_diffusion(
     called = f"{word.token} {lesson.word}"
     ids = word.token_ids([t.format(called) for t in lesson.templates])
     unet = copy.deepcopy(require_unet(pipe)).requires_grad_(False)
-    weights = {path: layer.weight.requires_grad_(True) for path, layer in _projections(unet).items()}
+    weights = {path: layer.weight.requires_grad_(True) for path, layer in projections(unet).items()}
     learned = [*weights.values(), word.embedding]
     optimizer = torch.optim.AdamW(learned, config.learning_rate, weight_decay=1e-2)
     generator = torch.Generator().manual_seed(config.seed)
@@ -87,12 +87,3 @@ def custom_diffusion(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         yield MethodState(step, config.steps, float(loss.detach()), adapter)
-
-
-def _projections(unet: nn.Module) -> dict[str, nn.Linear]:
-    """to_k and to_v of every cross-attention layer, by module path."""
-    return {
-        f"{path}.{part}": getattr(layer, part)
-        for path, layer in cross_attention_layers(unet).items()
-        for part in ("to_k", "to_v")
-    }

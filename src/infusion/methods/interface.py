@@ -11,6 +11,7 @@ noise of each step from the same seed in the same order.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -53,7 +54,9 @@ def stored_bytes(adapter: Adapter, bytes_per_value: int = 2) -> int:
 
 
 def rebuilt(pipe: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
-    """A pipeline like `pipe` with other components; everything else is shared."""
-    other = type(pipe).from_pipe(pipe, torch_dtype=pipe.unet.dtype, **components)
+    """A pipeline like `pipe` with other components; everything else is shared, and keeps its dtype."""
+    accepted = inspect.signature(type(pipe).__init__).parameters
+    settings = {k: v for k, v in pipe.config.items() if k in accepted and k not in pipe.components}
+    other = type(pipe)(**{**pipe.components, **settings, **components})
     other.set_progress_bar_config(disable=True)
     return other
