@@ -39,6 +39,9 @@ WORLD = (
     "validation",
     "release",
     "pretrain",
+    "judge",
+    "twins",
+    "judge_training",
 )
 
 

@@ -1,0 +1,195 @@
+"""The judge: reads from a picture what it shows, and whether two pictures show the same individual.
+
+A small convolutional network over 16x16 cells, trained on scenes of known truth (`judge_training.py`). For the picture: background
+and style. For every subject found at a peak of its heatmap: class, both colours, pattern, accessory, position and an
+embedding. A head that is not sure says nothing: "cannot tell" is None.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from infusion.world.models import pixels_to_tensor
+from infusion.world.vocabulary import ACCESSORIES, BACKGROUNDS, CLASSES, COLORS, PATTERNS, POSITIONS, STYLES
+
+GRID = 16  # cells a side
+EMBEDDING = 48
+SUBJECT_HEADS: dict[str, tuple[str, ...]] = {
+    "kind": CLASSES,
+    "color1": tuple(COLORS),
+    "color2": tuple(COLORS),
+    "pattern": PATTERNS,
+    "accessory": ACCESSORIES,
+}
+SCENE_HEADS: dict[str, tuple[str, ...]] = {"background": BACKGROUNDS, "style": STYLES}
+FOUND = 0.35  # height of the heatmap above which a peak is a subject
+MAX_SUBJECTS = 3
+
+
+@dataclass(frozen=True)
+class SubjectReading:
+    """One subject: names as in `vocabulary`, None for what cannot be told; centre x and y in [0, 1], `found` the height of
+    its peak, and a unit `embedding` (EMBEDDING,) whose cosine tells individuals apart."""
+
+    kind: str | None
+    color1: str | None
+    color2: str | None
+    pattern: str | None
+    accessory: str | None
+    x: float
+    y: float
+    found: float
+    embedding: Tensor
+
+    @property
+    def position(self) -> str:
+        """ "left", "center" or "right": the third of the frame that holds the centre."""
+        return POSITIONS[min(2, int(self.x * 3))]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture shows; `subjects` from the surest peak down."""
+
+    background: str | None
+    style: str | None
+    subjects: tuple[SubjectReading, ...]
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The network's output for b pictures: logits of each head, `heat` (b, g, g) logits, `embedding` (b, e, g, g)."""
+
+    heat: Tensor
+    subject: dict[str, Tensor]  # (b, names, g, g)
+    scene: dict[str, Tensor]  # (b, names)
+    embedding: Tensor
+
+
+class JudgeNetwork(nn.Module):
+    """64x64 pictures to `Maps`: three halvings, features of 8x8 brought back to 16x16, a 1x1 head for each attribute."""
+
+    def __init__(self, widths: tuple[int, int, int, int] = (24, 48, 96, 160)) -> None:
+        super().__init__()
+        a, b, c, d = widths
+        self.stem = nn.Sequential(nn.Conv2d(3, a, 3, padding=1), nn.GroupNorm(8, a), nn.SiLU())
+        self.down1 = nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), Residual(b))
+        self.down2 = nn.Sequential(nn.Conv2d(b, c, 3, 2, 1), Residual(c), Residual(c))
+        self.down3 = nn.Sequential(nn.Conv2d(c, d, 3, 2, 1), Residual(d), Residual(d))
+        self.back = nn.Conv2d(d, c, 1)
+        self.merge = Residual(c)
+        self.heat = nn.Conv2d(c, 1, 1)
+        self.subject = nn.ModuleDict({name: nn.Conv2d(c, len(names), 1) for name, names in SUBJECT_HEADS.items()})
+        self.embedding = nn.Sequential(nn.Conv2d(c, d, 1), nn.SiLU(), nn.Conv2d(d, EMBEDDING, 1))
+        self.scene = nn.ModuleDict({name: nn.Linear(c + d, len(names)) for name, names in SCENE_HEADS.items()})
+
+    def forward(self, pictures: Tensor) -> Maps:
+        """pictures (b, 3, 64, 64) in [-1, 1]."""
+        fine = self.down2(self.down1(self.stem(pictures)))  # (b, c, 16, 16)
+        coarse = self.down3(fine)  # (b, d, 8, 8)
+        x = self.merge(fine + F.interpolate(self.back(coarse), scale_factor=2.0, mode="nearest"))
+        whole = torch.cat([x.mean((2, 3)), coarse.mean((2, 3))], 1)
+        return Maps(
+            heat=self.heat(x)[:, 0],
+            subject={name: head(x) for name, head in self.subject.items()},
+            scene={name: head(whole) for name, head in self.scene.items()},
+            embedding=F.normalize(self.embedding(x).float(), dim=1),
+        )
+
+
+class Residual(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x))))))"""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Judge:
+    """A network with its calibration: `thresholds` give, for each head, the probability from which it is believed, and
+    "same" the cosine from which two subjects are one individual."""
+
+    def __init__(self, network: JudgeNetwork, thresholds: dict[str, float] | None = None) -> None:
+        self.network = network.eval()
+        self.thresholds = thresholds or {}
+
+    @torch.no_grad()
+    def read(self, pixels: Tensor, batch: int = 64) -> list[Reading]:
+        """Read pictures (n, 64, 64, 3) uint8."""
+        device = next(self.network.parameters()).device
+        readings = []
+        for part in pixels.split(batch):
+            maps = self.network(pixels_to_tensor(part).to(device))
+            readings += [self._reading(maps, b) for b in range(len(part))]
+        return readings
+
+    def same(self, a: SubjectReading, b: SubjectReading) -> bool:
+        """Whether two subjects are one individual."""
+        return float(a.embedding @ b.embedding) >= self.thresholds.get("same", 0.5)
+
+    def save(self, path: Path) -> Path:
+        """Weights in fp16 and thresholds, one safetensors file."""
+        state = {k: v.detach().half().contiguous() for k, v in self.network.state_dict().items()}
+        save_file(state, path, metadata={"thresholds": json.dumps(self.thresholds, sort_keys=True)})
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Judge:
+        """A judge from its file. Raises FileNotFoundError where there is none."""
+        from safetensors import safe_open
+
+        network = JudgeNetwork()
+        network.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+        with safe_open(path, framework="pt") as file:
+            thresholds = json.loads((file.metadata() or {}).get("thresholds", "{}"))
+        return cls(network, thresholds)
+
+    def _reading(self, maps: Maps, b: int) -> Reading:
+        subjects = []
+        for y, x, height in peaks(maps.heat[b]):
+            named = {
+                name: self._name(name, SUBJECT_HEADS[name], maps.subject[name][b, :, y, x]) for name in SUBJECT_HEADS
+            }
+            cx, cy = centre(maps.heat[b], y, x)
+            subjects.append(
+                SubjectReading(**named, x=cx, y=cy, found=height, embedding=maps.embedding[b, :, y, x].cpu())
+            )
+        scene = {name: self._name(name, SCENE_HEADS[name], maps.scene[name][b]) for name in SCENE_HEADS}
+        return Reading(**scene, subjects=tuple(subjects))
+
+    def _name(self, head: str, names: Sequence[str], logits: Tensor) -> str | None:
+        probability, index = logits.float().softmax(0).max(0)
+        return names[int(index)] if float(probability) >= self.thresholds.get(head, 0.0) else None
+
+
+def peaks(heat: Tensor) -> list[tuple[int, int, float]]:
+    """Local maxima (row, column, probability) of heat logits (g, g) above `FOUND`, highest first, at most MAX_SUBJECTS."""
+    p = heat.float().sigmoid()
+    highest = F.max_pool2d(p[None, None], 5, 1, 2)[0, 0]
+    found = torch.nonzero((p == highest) & (p >= FOUND)).tolist()
+    return sorted(((y, x, float(p[y, x])) for y, x in found), key=lambda f: -f[2])[:MAX_SUBJECTS]
+
+
+def centre(heat: Tensor, y: int, x: int) -> tuple[float, float]:
+    """The peak's centre (x, y) in [0, 1], to a fraction of a cell: centre of mass of the 3x3 cells around it."""
+    p = heat.float().sigmoid()
+    rows, columns = slice(max(0, y - 1), y + 2), slice(max(0, x - 1), x + 2)
+    window = p[rows, columns]
+    ys = torch.arange(rows.start, rows.start + window.shape[0], device=p.device)[:, None] + 0.5
+    xs = torch.arange(columns.start, columns.start + window.shape[1], device=p.device)[None] + 0.5
+    total = window.sum()
+    return float((window * xs).sum() / total) / GRID, float((window * ys).sum() / total) / GRID

@@ -1,0 +1,152 @@
+"""Pictures for the judge: families of one individual, seen twice, and its twin that differs in one attribute, seen twice.
+
+Family `i` depends on (seed, i) alone. Every picture is a scene like any other, with other subjects beside now and
+then; its truth is kept per subject.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from infusion.world.judge import GRID, SCENE_HEADS, SUBJECT_HEADS
+from infusion.world.scenes import SIDE, Rendered, Scene, random_scene, render
+from infusion.world.subjects import Subject, random_subject
+from infusion.world.vocabulary import COLORS
+
+VIEWS = 4  # pictures of a family: the individual twice, its twin twice
+MAX_SUBJECTS = 3
+COLORED = ("photo", "neon", "pixel art")  # styles that show colours
+CHANGES = ("color1", "color2", "pattern", "accessory", "shape")
+NONE = -1
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Families:
+    """Arrays over n = VIEWS x families pictures, memory-mapped.
+
+    pixels (n, SIDE, SIDE, 3) uint8. subject (n, MAX_SUBJECTS, heads) int16: names by their place in `SUBJECT_HEADS`, NONE
+    where there is no subject or the style does not show it. scene (n, heads) int16. centre (n, MAX_SUBJECTS, 2) float32: x and
+    y in cells. change (n,) int16: in what the family's twin differs. The family's individual is subject 0 of each picture.
+    """
+
+    pixels: np.ndarray
+    subject: np.ndarray
+    scene: np.ndarray
+    centre: np.ndarray
+    change: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+def family(seed: int, index: int) -> tuple[list[Scene], str]:
+    """The four scenes of a family, and the attribute in which its twin differs."""
+    rng = np.random.default_rng((seed, 11, index))
+    individual = random_subject(rng)
+    change = str(rng.choice(CHANGES))
+    twin = twin_of(individual, change, rng)
+    return [_with_first(random_scene(rng), s) for s in (individual, individual, twin, twin)], change
+
+
+def twin_of(subject: Subject, change: str, rng: np.random.Generator) -> Subject:
+    """The subject with another value of the one attribute `change`."""
+    while True:
+        other = random_subject(rng, subject.kind)
+        value = getattr(other, change)
+        colors = {subject.color1, subject.color2}
+        if value != getattr(subject, change) and not (change in ("color1", "color2") and value in colors):
+            return replace(subject, **{change: value})
+
+
+def visible(subject: Subject, style: str) -> dict[str, int]:
+    """The subject's names by their place in each head; NONE for colours in styles without any, and for a pattern whose
+    two colours are one grey in sepia."""
+    names = {head: values.index(getattr(subject, head)) for head, values in SUBJECT_HEADS.items()}
+    if style not in COLORED:
+        names["color1"] = names["color2"] = NONE
+    if style == "sepia" and subject.pattern != "plain" and _contrast(subject) < 0.08:
+        names["pattern"] = NONE
+    return names
+
+
+def build_families(folder: Path, count: int, seed: int, workers: int | None = None) -> Iterator[int]:
+    """Draw `count` families into `folder`, yielding how many are done. Does nothing where they exist."""
+    if (folder / "done").exists() and len(load_families(folder)) == count * VIEWS:
+        yield count
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "done").unlink(missing_ok=True)
+    arrays = {
+        name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(count * VIEWS, *shape))
+        for name, (dtype, shape) in _LAYOUT.items()
+    }
+    starts = range(0, count, _CHUNK)
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        chunks = pool.map(_draw, *zip(*((seed, s, min(_CHUNK, count - s)) for s in starts), strict=True))
+        for start, chunk in zip(starts, chunks, strict=True):
+            for name, values in chunk.items():
+                arrays[name][start * VIEWS : start * VIEWS + len(values)] = values
+            yield min(count, start + _CHUNK)
+    for array in arrays.values():
+        array.flush()
+    (folder / "done").touch()
+
+
+def load_families(folder: Path) -> Families:
+    """The families drawn into `folder` by `build_families`."""
+    return Families(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _LAYOUT})
+
+
+def truth(drawn: Rendered) -> dict[str, np.ndarray]:
+    """The arrays of `Families` for one picture, without `change`."""
+    scene = drawn.scene
+    subject = np.full((MAX_SUBJECTS, len(SUBJECT_HEADS)), NONE, np.int16)
+    centre = np.full((MAX_SUBJECTS, 2), np.nan, np.float32)
+    for s, (placed, mask) in enumerate(zip(scene.subjects, drawn.masks, strict=True)):
+        if mask.sum() < 12:  # hidden behind another
+            continue
+        subject[s] = list(visible(placed.subject, scene.style).values())
+        ys, xs = np.mgrid[0:SIDE, 0:SIDE] + 0.5
+        centre[s] = np.array([(mask * xs).sum(), (mask * ys).sum()]) / mask.sum() * GRID / SIDE
+    names = [values.index(getattr(scene, head)) for head, values in SCENE_HEADS.items()]
+    return {"pixels": drawn.pixels, "subject": subject, "scene": np.array(names, np.int16), "centre": centre}
+
+
+_LAYOUT = {
+    "pixels": (np.uint8, (SIDE, SIDE, 3)),
+    "subject": (np.int16, (MAX_SUBJECTS, len(SUBJECT_HEADS))),
+    "scene": (np.int16, (len(SCENE_HEADS),)),
+    "centre": (np.float32, (MAX_SUBJECTS, 2)),
+    "change": (np.int16, ()),
+}
+
+
+def _draw(seed: int, start: int, count: int) -> dict[str, np.ndarray]:
+    rows: dict[str, list] = {name: [] for name in _LAYOUT}
+    for index in range(start, start + count):
+        scenes, change = family(seed, index)
+        for scene in scenes:
+            for name, value in truth(render(scene)).items():
+                rows[name].append(value)
+            rows["change"].append(CHANGES.index(change))
+    return {name: np.stack([np.asarray(v, _LAYOUT[name][0]) for v in values]) for name, values in rows.items()}
+
+
+def _with_first(scene: Scene, subject: Subject) -> Scene:
+    first, *others = scene.subjects
+    return replace(scene, subjects=(replace(first, subject=subject), *others))
+
+
+def _contrast(subject: Subject) -> float:
+    grey = [
+        sum(w * c for w, c in zip((0.299, 0.587, 0.114), COLORS[n], strict=True))
+        for n in (subject.color1, subject.color2)
+    ]
+    return abs(grey[0] - grey[1]) / 255

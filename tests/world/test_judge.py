@@ -1,0 +1,236 @@
+"""The judge in small: truth that is true, losses against loops, saved equals loaded, training that learns and resumes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from infusion.world.judge import (
+    EMBEDDING,
+    FOUND,
+    GRID,
+    SCENE_HEADS,
+    SUBJECT_HEADS,
+    Judge,
+    JudgeNetwork,
+    Maps,
+    centre,
+    peaks,
+)
+from infusion.world.judge_training import (
+    JudgeConfig,
+    Labels,
+    corrupt,
+    examine,
+    heat_targets,
+    judge_losses,
+    labels_of,
+    train_judge,
+    twin_loss,
+    verification_auc,
+)
+from infusion.world.scenes import Placed, Scene, render
+from infusion.world.subjects import Subject
+from infusion.world.twins import CHANGES, COLORED, NONE, VIEWS, build_families, family, load_families, truth, visible
+from infusion.world.vocabulary import CLASSES, STYLES
+
+MILO = Subject("dog", "purple", "yellow", "spotted", "none", (0.5, 0.5, 0.5, 0.5))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    for _ in build_families(folder, 12, seed=3, workers=2):
+        pass
+    return load_families(folder)
+
+
+def test_a_family_is_an_individual_and_its_twin():
+    changes = set()
+    for index in range(30):
+        scenes, change = family(5, index)
+        a, b, c, d = (scene.subjects[0].subject for scene in scenes)
+        assert a == b
+        assert c == d
+        differing = [
+            f for f in ("kind", "color1", "color2", "pattern", "accessory", "shape") if getattr(a, f) != getattr(c, f)
+        ]
+        assert differing == [change]
+        assert c.color1 != c.color2
+        changes.add(change)
+    assert changes == set(CHANGES)
+    assert family(5, 7) == family(5, 7) != family(6, 7)
+
+
+def test_truth_of_a_picture(data):
+    scene = Scene((Placed(MILO, x=0.25, y=0.9, size=0.5),), "beach", "photo", 1)
+    told = truth(render(scene))
+    assert told["subject"][0].tolist() == list(visible(MILO, "photo").values())
+    assert told["subject"][1:].tolist() == [[NONE] * 5] * 2
+    assert told["centre"][0, 0] == pytest.approx(4, abs=0.6)
+    assert np.isnan(told["centre"][1:]).all()
+    scenes, _ = family(3, 4)
+    drawn = render(scenes[2])
+    assert np.array_equal(data.pixels[4 * VIEWS + 2], drawn.pixels)
+    assert len(data) == 48
+
+
+def test_what_a_style_does_not_show_is_not_asked():
+    assert visible(MILO, "sketch")["color1"] == visible(MILO, "sepia")["color2"] == NONE
+    assert visible(MILO, "sketch")["pattern"] == 1
+    same_grey = Subject("dog", "orange", "pink", "striped", "none", MILO.shape)
+    grey = Subject("dog", "red", "purple", "striped", "none", MILO.shape)
+    assert visible(grey, "sepia")["pattern"] == NONE
+    assert visible(grey, "photo")["pattern"] != NONE
+    assert visible(same_grey, "photo")["color1"] != NONE
+
+
+def test_peaks_and_centres():
+    truth_ = torch.tensor([[[3.3, 8.6], [11.5, 4.5], [float("nan")] * 2]])
+    heat = heat_targets(truth_)
+    assert heat.shape == (1, GRID, GRID)
+    assert float(heat[0, 4, 11]) == 1
+    logits = torch.logit(heat[0].clamp(1e-4, 1 - 1e-4))
+    found = peaks(logits)
+    assert [(y, x) for y, x, _ in found] == [(4, 11), (8, 3)]
+    assert all(height >= FOUND for *_, height in found)
+    x, y = centre(logits, 8, 3)
+    assert (x * GRID, y * GRID) == (pytest.approx(3.3, abs=0.15), pytest.approx(8.6, abs=0.15))
+    assert peaks(torch.full((GRID, GRID), -5.0)) == []
+
+
+def labels(styles: list[str], changes: list[str]) -> Labels:
+    n = len(styles)
+    scene = torch.zeros(n, len(SCENE_HEADS), dtype=torch.long)
+    scene[:, 1] = torch.tensor([STYLES.index(s) for s in styles])
+    return Labels(
+        torch.zeros(n, 3, 5, dtype=torch.long),
+        scene,
+        torch.full((n, 3, 2), 8.0),
+        torch.tensor([CHANGES.index(c) for c in changes]),
+    )
+
+
+def test_the_twin_loss_equals_a_loop():
+    e = torch.nn.functional.normalize(torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    styles = ["photo", "sketch", "photo", "neon", "photo", "photo", "sepia", "photo"]
+    told = labels(styles, ["color1"] * 4 + ["shape"] * 4)
+    rows = torch.tensor([0, 1, 2, 3, 4, 5, 7])  # picture 6 shows no first subject
+    total, counted = 0.0, 0
+    for a, i in enumerate(rows.tolist()):
+        partners = [b for b, j in enumerate(rows.tolist()) if j != i and j // 2 == i // 2]
+        if not partners:
+            continue
+        rivals = []
+        for b, j in enumerate(rows.tolist()):
+            alike = (
+                j // 4 == i // 4
+                and j // 2 != i // 2
+                and i // 4 == 0
+                and not (styles[i] in COLORED and styles[j] in COLORED)
+            )
+            if b != a and not alike:
+                rivals.append(b)
+        scores = torch.stack([e[a] @ e[b] / 0.1 for b in rivals])
+        total -= float(e[a] @ e[partners[0]] / 0.1 - scores.logsumexp(0))
+        counted += 1
+    assert counted == 6
+    assert float(twin_loss(e[: len(rows)], told, rows, 0.1)) == pytest.approx(total / counted, rel=1e-4)
+
+
+def test_verification_auc():
+    told = labels(["photo"] * 8, ["shape"] * 8)
+    unit = torch.eye(4).repeat_interleave(2, 0)
+    assert verification_auc(unit, told) == 1
+    assert verification_auc(torch.randn(8, 4, generator=torch.Generator().manual_seed(1)), told) < 1
+    swapped = torch.eye(4)[[0, 1, 0, 1, 2, 3, 2, 3]]
+    assert verification_auc(swapped, told) == 0
+
+
+def test_corruption_touches_only_its_share():
+    pictures = torch.rand(400, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.manual_seed(0)
+    out = corrupt(pictures, None, np.random.default_rng(0), share=0.6)
+    changed = (out != pictures).flatten(1).any(1).float().mean()
+    assert 0.33 < float(changed) < 0.47  # without an autoencoder its third stays as it is
+    assert float(out.abs().max()) <= 1
+    assert torch.equal(corrupt(pictures, None, np.random.default_rng(0), 0.0), pictures)
+
+
+def test_perfect_maps_have_no_loss_left_and_read_right(data):
+    rows = np.arange(len(data))
+    told = labels_of(data, rows)
+    n = len(rows)
+    subject = {name: torch.zeros(n, len(v), GRID, GRID) for name, v in SUBJECT_HEADS.items()}
+    for b in range(n):
+        for s in range(3):
+            if told.centre[b, s].isnan().any():
+                continue
+            x, y = told.centre[b, s].long().clamp(0, GRID - 1).tolist()
+            for k, name in enumerate(SUBJECT_HEADS):
+                if told.subject[b, s, k] != NONE:
+                    subject[name][b, told.subject[b, s, k], y, x] = 30.0
+    scene = {
+        name: 30.0 * torch.nn.functional.one_hot(told.scene[:, k], len(v)).float()
+        for k, (name, v) in enumerate(SCENE_HEADS.items())
+    }
+    heat = torch.logit(heat_targets(told.centre).clamp(1e-6, 1 - 1e-6))
+    maps = Maps(heat, subject, scene, torch.nn.functional.normalize(torch.ones(n, EMBEDDING, GRID, GRID), dim=1))
+    losses = judge_losses(maps, told, JudgeConfig())
+    assert all(float(losses[name]) < 0.05 for name in (*SUBJECT_HEADS, *SCENE_HEADS))
+
+    class Oracle(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.anchor = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, pictures: torch.Tensor) -> Maps:
+            return maps
+
+    readings = Judge(Oracle(), {"kind": 0.9}).read(torch.from_numpy(np.asarray(data.pixels)))
+    for b, reading in enumerate(readings):
+        assert reading.background == list(SCENE_HEADS["background"])[told.scene[b, 0]]
+        kinds = sorted(CLASSES[k] for k in told.subject[b, :, 0].tolist() if k != NONE)
+        close = told.centre[b][~told.centre[b].isnan().any(-1)]
+        if len(close) < 2 or float(torch.pdist(close).min()) > 3:  # nearer ones share a peak
+            assert sorted(s.kind or "?" for s in reading.subjects) == kinds
+
+
+def test_the_judge_says_when_it_cannot_tell_and_loads_as_saved(tmp_path):
+    torch.manual_seed(0)
+    judge = Judge(JudgeNetwork(), {"background": 0.99, "style": 0.0, "same": 0.2})
+    pixels = torch.randint(0, 255, (3, 64, 64, 3), dtype=torch.uint8)
+    readings = judge.read(pixels)
+    assert [r.background for r in readings] == [None] * 3
+    assert all(r.style in STYLES for r in readings)
+    path = judge.save(tmp_path / "judge.safetensors")
+    assert path.stat().st_size < 10_000_000
+    again = Judge.load(path)
+    assert again.thresholds == judge.thresholds
+    assert [r.style for r in again.read(pixels)] == [r.style for r in readings]
+
+
+def test_training_learns_and_resumes(data, tmp_path):
+    config = JudgeConfig(minutes=60, families=3, warmup=1, save_every=2)
+
+    def run(folder, stop):
+        torch.manual_seed(0)
+        seen = []
+        for step, _, losses in train_judge(JudgeNetwork(), data, None, folder, config, Accelerator(cpu=True)):
+            seen.append((step, sum(losses.values())))
+            if step == stop:
+                return seen
+        return seen
+
+    straight = run(tmp_path, 9)
+    assert straight[-1][1] < straight[0][1]
+    again = tmp_path / "again"
+    again.mkdir()
+    run(again, 3)  # stops one step after its checkpoint
+    resumed = run(again, 4)
+    assert [step for step, _ in resumed] == [3, 4]
+    assert resumed[0][1] == pytest.approx(straight[2][1], rel=1e-3)
+    figures = examine(JudgeNetwork(), data)
+    assert set(figures) == {*SUBJECT_HEADS, *SCENE_HEADS, "found", "real", "position", "same_auc"}
