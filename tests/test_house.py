@@ -19,7 +19,8 @@ ORDER = (
     ("concept", "streams", "photos"),
     ("pipelines", "lesson", "naive"),
     ("training", "methods", "generation", "base", "sheets", "report"),
-    ("diagnosis", "demo"),
+    ("diagnosis", "demo", "adapters"),
+    ("evaluation",),
     ("cli",),
 )
 WORLD = (

@@ -167,6 +167,43 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    adapter: Annotated[
+        Path, typer.Option("--adapter", help="A concept, a LoRA, an embedding, or the folder of a tuned pipeline.")
+    ],
+    photos: Annotated[Path, typer.Option("--photos", help="Folder with the pictures it was learned from.")],
+    word: Annotated[str, typer.Option("--word", help="What the subject is, in a word the base knows: dog.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html and figures.json.")],
+    base: Base = "embedded",
+    subject: Annotated[
+        str | None, typer.Option(help='How prompts call it: "sks dog". By default <name>, or "a WORD".')
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Pictures a prompt, by the base and by the adapter.")] = 10,
+    device: Device = None,
+    dtype: DType = "fp32",
+) -> None:
+    """Measure overfitting: what a customization forgets, repeats, and whether it still varies."""
+    with _progress("Loading the base model") as told:
+        from infusion.adapters import load_adapter
+        from infusion.base import load_base
+        from infusion.evaluation import EvaluateConfig, write_report
+        from infusion.evaluation import evaluate as measure
+        from infusion.photos import load_photos
+
+        config = EvaluateConfig(seeds=seeds)
+        pictures = load_photos(photos)
+        loaded = load_adapter(adapter, word, subject)
+        _writable(out / "report.html")
+        _known_word(base, word)
+        pipe = load_base(base, device, dtype)
+        evaluation = measure(pipe, loaded, pictures, word, config, told)
+        report = write_report(evaluation, out, base, adapter.name)
+    for sentence in evaluation.verdict:
+        say.print(sentence)
+    say.print(f"The figures are in [bold]{report}[/bold] and {out / 'figures.json'}.")
+
+
+@app.command()
 def inspect(
     concept: Annotated[Path, typer.Argument(help="A concept file.")],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,

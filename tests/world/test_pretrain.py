@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, psnr, standardize, train_autoencoder
 from infusion.world.dataset import Dataset, build_dataset, load_dataset, sample_batch
-from infusion.world.grounding import grounding_loss, map_gate, recorded_maps
+from infusion.world.grounding import LEVEL, grounding_loss, map_gate, recorded_maps
 from infusion.world.models import build_autoencoder, build_pipeline, build_scheduler, build_text_encoder, build_unet
 from infusion.world.pretrain import PretrainConfig, draw_timesteps, subject_weights, train_base
 from infusion.world.release import read_weights, write_weights
@@ -148,8 +148,9 @@ def test_grounding_loss_against_a_loop():
     for b, s in ((0, 0), (0, 1), (1, 0)):
         heat = maps[b, :, :, words[b, s]].sum(-1).mean(0)
         inside = masks[b, s].view(8, 2, 8, 2).mean((1, 3)).flatten()
-        share, level = (heat * inside).sum() / heat.sum(), (heat * inside).sum() / inside.sum()
-        expected.append((1 - share) ** 2 + (level - 0.5) ** 2)
+        share = (heat * inside).sum() / heat.sum()
+        uneven = sum(i * (h - LEVEL) ** 2 for i, h in zip(inside, heat, strict=True)) / inside.sum()
+        expected.append((1 - share) ** 2 + uneven)
     assert float(grounding_loss([maps], words, masks)) == pytest.approx(float(sum(expected) / 3), rel=1e-4)
 
 

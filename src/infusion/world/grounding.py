@@ -19,6 +19,7 @@ from torch import Tensor
 
 from infusion.attention import attention_maps, split_heads, word_heat
 
+LEVEL = 0.6  # heat wanted inside a mask: most of a pixel's attention, and room for the other words
 SIDES = (16, 8)  # resolutions that are grounded; maps of 4x4 stay diffuse
 
 
@@ -69,8 +70,8 @@ def recorded_maps(unet: UNet2DConditionModel, sides: tuple[int, ...] = SIDES) ->
 
 
 def grounding_loss(records: list[Tensor], words: Tensor, masks: Tensor) -> Tensor:
-    """Mean over layers and subjects of (1 - share of the word's map inside its mask)^2, plus
-    (mean heat inside - 1/2)^2, so that maps are neither misplaced nor faint.
+    """Mean over layers and subjects of (1 - share of the word's map inside its mask)^2, plus the mean inside the mask
+    of (heat - LEVEL)^2, so that maps are neither misplaced nor faint nor a few peaks.
 
     words (b, s, m) bool; masks (b, s, g, g) in [0, 1], zero where there is no such subject.
     """
@@ -80,8 +81,8 @@ def grounding_loss(records: list[Tensor], words: Tensor, masks: Tensor) -> Tenso
         heat = torch.einsum("bhnm,bsm->bsn", maps, words.to(maps.dtype)) / maps.shape[1]
         inside = _resized(masks, heat.shape[-1])  # (b, s, n)
         share = (heat * inside).sum(-1) / heat.sum(-1).clamp_min(1e-6)
-        level = (heat * inside).sum(-1) / inside.sum(-1).clamp_min(1e-6)
-        loss = (1 - share).square() + (level - 0.5).square()
+        uneven = ((heat - LEVEL).square() * inside).sum(-1) / inside.sum(-1).clamp_min(1e-6)
+        loss = (1 - share).square() + uneven
         total = total + (loss * present).sum() / present.sum().clamp_min(1)
     return total / max(1, len(records))
 

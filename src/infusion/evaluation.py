@@ -1,0 +1,288 @@
+"""Measure any customization against its base: does it forget, does it repeat its photos, does it still vary?
+
+    evaluation = evaluate(pipe, load_adapter("milo.safetensors", "dog"), load_photos("photos/milo"), "dog")
+
+Base and adapter draw the same prompts with the same seeds. Features are the autoencoder's latents, centred on the
+base's pictures, so that no weights beside the base's own are needed; what CLIP or DINO would add is left out and named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from PIL import Image
+from torch import Tensor
+
+from infusion.errors import InfusionError
+from infusion.generation import Picture, denoiser, generate
+from infusion.lesson import Lesson, encode_pictures, prepare_lesson
+from infusion.methods.interface import Adapter, rebuilt
+from infusion.metrics.estimate import Estimate, bootstrap, paired
+from infusion.metrics.fisher import FisherDivergence, latent_fisher_divergence
+from infusion.metrics.moments import Moments
+from infusion.metrics.similarity import cosines, diversity, nearest
+from infusion.metrics.wasserstein import GaussianW2, empirical_w2, gaussian_w2, principal
+from infusion.photos import Photo
+from infusion.report.page import Grid, Page, Row, write_page
+
+PROMPTS = (
+    "a photo of {} on the beach",
+    "a photo of {} in the snow",
+    "a photo of {} in the city",
+    "a photo of {} in the forest",
+    "a photo of {} in a room",
+    "a sketch of {} in the desert",
+    "a sepia photo of {} in the meadow",
+    "a photo of {} next to a car",
+    "{} on the left in space",
+    "{} on the right in the meadow",
+)
+OTHERS = (
+    "a photo of a cat on the beach",
+    "a photo of a car in the snow",
+    "a house in the forest",
+    "a sketch of a bird",
+)
+LEFT_OUT = ("CLIP-I, CLIP-T", "DINO", "LPIPS")
+
+# progress("Drawing", done, of)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """`seeds` pictures for each of `prompts`, by the base and by the adapter; a multistep solver needs few `steps`.
+    others: prompts that do not name the subject; the class word is added to them."""
+
+    prompts: tuple[str, ...] = PROMPTS
+    others: tuple[str, ...] = OTHERS
+    seeds: int = 10
+    other_seeds: int = 4
+    steps: int = 20
+    guidance_scale: float = 6.0
+    seed: int = 0
+    dimensions: int = 32
+
+    def __post_init__(self) -> None:
+        if self.seeds < 2:
+            raise InfusionError(f"seeds is {self.seeds}; variety needs at least 2 pictures a prompt.")
+        if bad := [p for p in self.prompts if "{}" not in p]:
+            raise InfusionError(f"The prompt {bad[0]!r} does not name the subject; write {{}} where it stands.")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured, each with its interval. Similarities are cosines of centred latents; `above` is the paired
+    difference to the base's pictures of the same prompts and seeds.
+
+    forgetting: latent Fisher divergence on prompts that do not name the subject. w2, w2_exact: distance to the base's
+    pictures of the class, Gaussian and by optimal transport. background: similarity to the photos outside the
+    subject, None where the photos show no background. nearest_photo: of the whole picture, the subject included.
+    variety: mean distance among pictures of one prompt.
+    """
+
+    forgetting: FisherDivergence
+    w2: GaussianW2
+    w2_exact: float
+    background: Estimate | None
+    background_above: Estimate | None
+    nearest_photo: Estimate
+    nearest_photo_above: Estimate
+    variety: Estimate
+    variety_base: Estimate
+    variety_above: Estimate
+    pictures: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures, a verdict in sentences, and the pictures behind them: by prompt, first seed first."""
+
+    subject: str
+    figures: Figures
+    verdict: tuple[str, ...]
+    base: list[Picture]
+    custom: list[Picture]
+    nearest: list[int]
+    lesson: Lesson
+    config: EvaluateConfig
+
+
+def evaluate(
+    pipe: DiffusionPipeline,
+    adapter: Adapter,
+    photos: Sequence[Photo],
+    word: str,
+    config: EvaluateConfig | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure `adapter` on its base `pipe` against the photos it was learned from. Leaves nothing on the pipeline.
+
+    Raises InfusionError for an adapter of another base.
+    """
+    config, told = config or EvaluateConfig(), progress or (lambda *_: None)
+    solver = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe = rebuilt(pipe, scheduler=solver)
+    lesson = prepare_lesson(pipe, photos, word, "subject", flip=False)
+    texts = [p for p in config.prompts for _ in range(config.seeds)]
+    seeds = [config.seed + 1000 * i + j for i in range(len(config.prompts)) for j in range(config.seeds)]
+
+    def drawn(label: str, pipe: DiffusionPipeline, prompts: list[str], seeds: list[int]) -> list[Picture]:
+        on_step = lambda a, b: told(label, a, b)  # noqa: E731
+        return generate(pipe, prompts, seeds, config.steps, config.guidance_scale, on_step=on_step)
+
+    others = [*config.others, f"a photo of a {word} in the city"]
+    with adapter.attached(pipe) as custom:  # first, so that an adapter of another base is refused before any work
+        ours = drawn("Drawing with the adapter", custom, [t.format(adapter.subject) for t in texts], seeds)
+    base = drawn("Drawing with the base", pipe, [t.format(f"a {word}") for t in texts], seeds)
+    other_texts = [p for p in others for _ in range(config.other_seeds)]
+    other = drawn("Drawing other prompts with the base", pipe, other_texts, list(range(len(other_texts))))
+    latents = encode_pictures(pipe, [p.image for p in other]).split(config.other_seeds)
+    told("Measuring", 0, 1)
+    forgetting = _forgetting(pipe, adapter, dict(zip(others, latents, strict=True)), config.seed)
+    figures, nearest_photos = _figures(pipe, lesson, base, ours, forgetting, config)
+    return Evaluation(adapter.subject, figures, verdict(figures), base, ours, nearest_photos, lesson, config)
+
+
+def verdict(f: Figures) -> tuple[str, ...]:
+    """The figures in words, one sentence each."""
+    lfd = f.forgetting.eps.value
+    if lfd == 0:
+        forgets = "It forgets nothing: on prompts that do not name it, every prediction is the base model's own."
+    elif lfd < 1e-3:
+        forgets = f"It hardly touches other prompts: predictions move by {lfd:.2%} of the noise's variance."
+    else:
+        forgets = f"It forgets: on prompts that do not name it, predictions move by {lfd:.2%} of the noise's variance."
+    said = [forgets]
+    if f.background is None or f.background_above is None:
+        said.append("Whether it repeats its background cannot be told: the photos show the subject everywhere.")
+    elif f.background_above.low > 0.02:
+        said.append(
+            f"It repeats its background: where other places were asked for, similarity to the photos' is {f.background_above.value:+.3f} above the base's."
+        )
+    else:
+        said.append(
+            f"It keeps to the places it is asked for: similarity to the photos' background is {f.background_above.value:+.3f} beside the base's."
+        )
+    loss = f.variety_above.value / f.variety_base.value if f.variety_base.value else 0.0
+    if f.variety_above.high < 0 and loss < -0.05:
+        said.append(f"Its pictures of one prompt vary less than the base's ({loss:+.0%}).")
+    else:
+        said.append(f"Its pictures of one prompt vary as the base's do ({loss:+.0%}).")
+    return tuple(said)
+
+
+def write_report(evaluation: Evaluation, folder: Path, base: str, adapter: str) -> Path:
+    """report.html and figures.json in `folder`; returns the page's path."""
+    f, e = evaluation.figures, evaluation
+    one = range(0, len(e.base), e.config.seeds)
+    first = [
+        Row("Base model", "the class word", [e.base[i].image for i in one]),
+        Row(f"With {e.subject}", "the same prompts and seeds", [e.custom[i].image for i in one]),
+        Row("Nearest photo", "of those learned from", [e.lesson.pictures[e.nearest[i]] for i in one]),
+    ]
+    page = Page(
+        title=f"How {e.subject} fits",
+        lead=" ".join(e.verdict),
+        grids=[
+            Grid("The photos", "What was learned from.", [], [Row("Photos", "", list(e.lesson.pictures))]),
+            Grid(
+                "Beside the base",
+                "One seed of each prompt.",
+                [p.format(e.subject) for p in e.config.prompts],
+                first,
+                f"With {e.subject}",
+            ),
+        ],
+        facts=[
+            ("Forgetting: latent Fisher divergence, eps form", str(f.forgetting.eps)),
+            ("The same, score form", str(f.forgetting.score)),
+            ("Distance to the base's pictures of the class, W2^2: mean term", f"{f.w2.mean:.4g}"),
+            ("The same: covariance term", f"{f.w2.covariance:.4g}"),
+            ("The same, exact optimal transport", f"{f.w2_exact:.4g}"),
+            ("Background like the photos'", str(f.background) if f.background else "the photos show none"),
+            ("The same, above the base's", str(f.background_above) if f.background_above else "the photos show none"),
+            ("Nearest photo, whole picture", str(f.nearest_photo)),
+            ("The same, above the base's", str(f.nearest_photo_above)),
+            ("Variety within a prompt; the base's", f"{f.variety}; {f.variety_base}"),
+            ("Pictures by each", str(f.pictures)),
+            ("Features", "the autoencoder's latents, centred on the base's pictures"),
+            ("Left out, for want of weights", ", ".join(LEFT_OUT)),
+            ("Base; adapter", f"{base}; {adapter}"),
+        ],
+    )
+    path = write_page(page, folder / "report.html")
+    record = {
+        "subject": e.subject,
+        "verdict": e.verdict,
+        "figures": asdict(f),
+        "settings": asdict(e.config),
+        "left_out": LEFT_OUT,
+    }
+    (folder / "figures.json").write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def _forgetting(
+    pipe: DiffusionPipeline, adapter: Adapter, latents: Mapping[str, Tensor], seed: int
+) -> FisherDivergence:
+    """The base's predictions are kept first, since an adapter may change the very UNet it is attached to."""
+    kept: list[Tensor] = []
+    stock = denoiser(pipe)
+
+    def record(*call: Any) -> Tensor:
+        kept.append(stock(*call))
+        return kept[-1]
+
+    kind = pipe.scheduler.config["prediction_type"]
+    alphas = pipe.scheduler.alphas_cumprod
+    latent_fisher_divergence(record, lambda *_: kept[-1], latents, alphas, (kind, kind), seed=seed)
+    replayed = iter(kept)
+    with adapter.attached(pipe) as custom:
+        return latent_fisher_divergence(
+            lambda *_: next(replayed), denoiser(custom), latents, alphas, (kind, kind), seed=seed
+        )
+
+
+def _figures(
+    pipe: DiffusionPipeline, lesson: Lesson, base: list[Picture], custom: list[Picture], forgetting: FisherDivergence,
+    config: EvaluateConfig,
+) -> tuple[Figures, list[int]]:  # fmt: skip
+    latents = [_encoded(pipe, [p.image for p in pictures]) for pictures in (base, custom)]
+    centre = latents[0].mean(0, keepdim=True)
+    photos = lesson.latents.double().cpu() - centre
+    b, c = (x - centre for x in latents)
+    small = principal(b.flatten(1), c.flatten(1), dimensions=config.dimensions)
+    found, similarity = nearest(c.flatten(1), photos.flatten(1))
+    base_similarity = nearest(b.flatten(1), photos.flatten(1))[1]
+    outside = (lesson.masks.amax(0) < 0.3).cpu()
+    background = above = None
+    if outside.double().mean() > 0.15:
+        like = [cosines(x[:, :, outside].flatten(1), photos[:, :, outside].flatten(1)).amax(1) for x in (c, b)]
+        background, above = bootstrap(like[0]), paired(like[0], like[1])
+    groups = [x.flatten(1).unflatten(0, (-1, config.seeds)) for x in (c, b)]
+    spread = [torch.stack([torch.tensor(diversity(g[None]).value) for g in group]) for group in groups]
+    figures = Figures(
+        forgetting=forgetting,
+        w2=gaussian_w2(Moments.of(small[0]), Moments.of(small[1])),
+        w2_exact=empirical_w2(small[0], small[1]),
+        background=background,
+        background_above=above,
+        nearest_photo=bootstrap(similarity),
+        nearest_photo_above=paired(similarity, base_similarity),
+        variety=bootstrap(spread[0]),
+        variety_base=bootstrap(spread[1]),
+        variety_above=paired(spread[0], spread[1]),
+        pictures=len(custom),
+    )
+    return figures, found.tolist()
+
+
+def _encoded(pipe: DiffusionPipeline, pictures: Sequence[Image.Image]) -> Tensor:
+    return encode_pictures(pipe, pictures).double().cpu()

@@ -1,0 +1,109 @@
+"""Adapters from files: what is loaded draws what was saved; everything else is refused in one sentence."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+
+from infusion.adapters import load_adapter
+from infusion.errors import InfusionError
+from infusion.methods.interface import rebuilt
+from infusion.methods.lora import Lora
+from infusion.methods.textual_inversion import WordEmbedding
+from tests.conftest import latents, random_concept, tiny_unet
+
+
+def tuned_unet(pipe):
+    unet = copy.deepcopy(pipe.unet)
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    return unet
+
+
+def lora(pipe, tmp_path):
+    from peft import LoraConfig
+
+    unet = copy.deepcopy(pipe.unet)
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    adapter = Lora("a dog", unet)
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=dict(adapter.tensors()), weight_name="l.safetensors"
+    )
+    return adapter, tmp_path / "l.safetensors"
+
+
+def embedding(pipe, tmp_path):
+    vector = 0.1 * torch.randn(1, 12, generator=torch.Generator().manual_seed(0))
+    save_file({"<milo>": vector}, tmp_path / "e.safetensors")
+    return WordEmbedding("<milo>", vector), tmp_path / "e.safetensors"
+
+
+@pytest.mark.parametrize("make", [lora, embedding])
+def test_a_file_draws_what_was_learned(pipe, tmp_path, make):
+    learned, path = make(pipe, tmp_path)
+    loaded = load_adapter(path, "dog")
+    assert loaded.subject == learned.subject
+    prompt = f"a photo of {loaded.subject} on the beach"
+    before = latents(pipe, "a photo of a dog on the beach")
+    with learned.attached(pipe) as custom:
+        expected = latents(custom, prompt)
+    with loaded.attached(pipe) as custom:
+        assert torch.equal(latents(custom, prompt), expected)
+    assert not torch.equal(expected, before)
+    assert torch.equal(latents(pipe, "a photo of a dog on the beach"), before)
+    assert sum(t.numel() for t in loaded.tensors().values()) == sum(t.numel() for t in learned.tensors().values())
+
+
+def test_a_concept_and_a_folder(pipe, tmp_path):
+    path = random_concept(pipe.unet).save(tmp_path / "milo.safetensors")
+    concept = load_adapter(path, "dog")
+    assert concept.subject == "<milo>"
+    with concept.attached(pipe) as custom:
+        assert latents(custom, "a <milo>").shape == (1, 4, 8, 8)
+    unet = tuned_unet(pipe)
+    rebuilt(pipe, unet=unet).save_pretrained(tmp_path / "tuned")
+    folder = load_adapter(tmp_path / "tuned", "dog", subject="a sks dog")
+    assert folder.subject == "a sks dog"
+    assert folder.tensors().keys() == unet.state_dict().keys()
+    with folder.attached(pipe) as custom:
+        assert torch.equal(latents(custom, "a dog"), latents(rebuilt(pipe, unet=unet), "a dog"))
+
+
+def test_what_is_none_of_them_is_refused(pipe, tmp_path):
+    refused = partial(pytest.raises, InfusionError)
+    with refused(match="There is no file"):
+        load_adapter(tmp_path / "nothing.safetensors", "dog")
+    with refused(match="model_index.json is missing"):
+        load_adapter(tmp_path, "dog")
+    (tmp_path / "x.bin").write_bytes(b"\x80\x02pickle")
+    with refused(match="is no safetensors file"):
+        load_adapter(tmp_path / "x.bin", "dog")
+    save_file({"a": torch.zeros(2), "b": torch.zeros(3)}, tmp_path / "two.safetensors")
+    with refused(match=r"neither a concept nor a LoRA nor an embedding \(2 tensors"):
+        load_adapter(tmp_path / "two.safetensors", "dog")
+
+
+def test_adapters_of_another_base_are_refused_and_leave_nothing(pipe, tmp_path):
+    before = latents(pipe, "a dog")
+    other = copy.copy(pipe)
+    other.unet = tiny_unet(block_out_channels=(8, 24), attention_head_dim=(2, 3))
+    _, path = lora(other, tmp_path)
+    save_file({"<milo>": torch.zeros(1, 7)}, tmp_path / "e.safetensors")
+    wide = random_concept(other.unet).save(tmp_path / "wide.safetensors")
+    rebuilt(pipe, unet=tiny_unet(sample_size=16)).save_pretrained(tmp_path / "tuned")
+    for file, message in (
+        (path, "does not fit this base"),
+        (tmp_path / "e.safetensors", "does not fit this base"),
+        (wide, "another architecture"),
+        (tmp_path / "tuned", "draws 32 pixels a side, the base 16"),
+    ):
+        with pytest.raises(InfusionError, match=message), load_adapter(file, "dog").attached(pipe):
+            pass
+    assert torch.equal(latents(pipe, "a dog"), before)

@@ -1,0 +1,97 @@
+"""Evaluation on a tiny base: known answers for known adapters, and a report that says them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from html import escape
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from infusion.adapters import ConceptAdapter
+from infusion.errors import InfusionError
+from infusion.evaluation import EvaluateConfig, evaluate, verdict, write_report
+from infusion.methods.dreambooth import TunedUNet
+from infusion.metrics.estimate import Estimate
+from infusion.photos import Photo
+from tests.conftest import latents, random_concept
+
+CONFIG = EvaluateConfig(
+    ("a photo of {} on the beach", "{} in the snow"), ("a cat",), seeds=2, other_seeds=2, steps=2, dimensions=2
+)
+
+
+@pytest.fixture
+def photos():
+    rng = np.random.default_rng(0)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:12, 4:12] = 255
+    return [
+        Photo(Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)), Image.fromarray(mask))
+        for _ in range(3)
+    ]
+
+
+def test_a_concept_forgets_nothing_and_a_tuned_unet_does(pipe, photos, tmp_path):
+    before = latents(pipe, "a dog")
+    concept = evaluate(pipe, ConceptAdapter("<milo>", random_concept(pipe.unet)), photos, "dog", CONFIG)
+    assert concept.figures.forgetting.score.value == 0
+    assert concept.verdict[0].startswith("It forgets nothing")
+    assert [p.prompt for p in concept.custom][::2] == ["a photo of <milo> on the beach", "<milo> in the snow"]
+    assert [p.seed for p in concept.custom] == [p.seed for p in concept.base]
+    assert concept.figures.pictures == 4
+    unet = copy.deepcopy(pipe.unet)
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    tuned = evaluate(pipe, TunedUNet("a dog", unet), photos, "dog", CONFIG)
+    assert tuned.figures.forgetting.eps.value > 1e-3
+    assert tuned.verdict[0].startswith("It forgets:")
+    assert torch.equal(latents(pipe, "a dog"), before)
+
+    page = write_report(tuned, tmp_path, "tiny", "tuned")
+    record = json.loads((tmp_path / "figures.json").read_text())
+    assert record["figures"]["forgetting"]["eps"]["value"] == tuned.figures.forgetting.eps.value
+    assert escape(tuned.verdict[0]).replace("&#x27;", "&#39;") in page.read_text()
+    assert page.read_text().count("data:image/png") == 3 + 3 * 2
+
+
+def test_the_base_against_itself_is_no_different(pipe, photos):
+    same = evaluate(pipe, TunedUNet("a dog", copy.deepcopy(pipe.unet)), photos, "dog", CONFIG).figures
+    assert same.forgetting.eps.value == 0
+    assert same.w2.squared == pytest.approx(0, abs=1e-6)
+    assert same.w2_exact == pytest.approx(0, abs=1e-6)
+    assert same.background_above is not None
+    assert (same.background_above.value, same.nearest_photo_above.value, same.variety_above.value) == (0, 0, 0)
+
+
+def test_photos_without_a_background_give_no_background_figure(pipe, photos):
+    filled = [Photo(p.image, Image.new("L", (16, 16), 255)) for p in photos]
+    figures = evaluate(pipe, ConceptAdapter("<milo>", random_concept(pipe.unet)), filled[:1], "dog", CONFIG).figures
+    assert figures.background is None
+    assert "cannot be told" in verdict(figures)[1]
+
+
+def test_verdicts(pipe, photos):
+    figures = evaluate(pipe, ConceptAdapter("<milo>", random_concept(pipe.unet)), photos, "dog", CONFIG).figures
+
+    def told(**changes: object) -> tuple[str, ...]:
+        return verdict(replace(figures, **changes))
+
+    assert told(background_above=Estimate(0.2, 0.1, 0.3, 40))[1].startswith("It repeats its background")
+    assert told(background_above=Estimate(0.2, -0.1, 0.5, 40))[1].startswith("It keeps to the places")
+    poor = told(variety_base=Estimate(0.8, 0.7, 0.9, 9), variety_above=Estimate(-0.2, -0.3, -0.1, 9))
+    assert poor[2] == "Its pictures of one prompt vary less than the base's (-25%)."
+    same = told(variety_base=Estimate(0.8, 0.7, 0.9, 9), variety_above=Estimate(-0.2, -0.5, 0.1, 9))
+    assert same[2].startswith("Its pictures of one prompt vary as the base's do")
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(InfusionError, match="seeds is 1"):
+        EvaluateConfig(seeds=1)
+    with pytest.raises(InfusionError, match="does not name the subject"):
+        EvaluateConfig(prompts=("a dog",))
