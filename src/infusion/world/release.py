@@ -77,7 +77,7 @@ def draw_curve(log: list[dict[str, Any]], path: Path) -> None:
 
     rows = [line for line in log if line["stage"] == "base"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), constrained_layout=True)
-    for axis, key in zip(axes, ("denoising", "grounding"), strict=True):
+    for axis, key in zip(axes, ("denoising", "grounding"), strict=True):  # weights and targets changed on the way
         axis.plot([r["seen"] / 1000 for r in rows], [r[key] for r in rows], color="#6b3fc4", lw=1.2)
         axis.set(xlabel="thousand pictures seen", title=f"{key} loss, mean of 100 steps")
         axis.set_yscale("log")
@@ -109,8 +109,8 @@ nothing else.
 | training set | {start["scenes"]:,} scenes drawn once, four captions each; held-out combinations never drawn (`scenes.held_out`) |
 | autoencoder | {coder[-1]["step"]:,} steps of {start["autoencoder"]["batch"]} crops of 32x32, the last 15 % on whole scenes; {coder[-1]["psnr"]:.1f} dB PSNR on 64 of its scenes |
 | text encoder and UNet | {seen:,} pictures seen ({base[-1]["step"]:,} steps of {start["batch"]}), v-prediction, AdamW, averaged weights ({start["ema"]}), captions dropped {start["caption_dropout"]:.0%} |
-| learning rate and grounding weight | {_parts(starts, base)}; the rate falls to zero over the last {starts[-1]["decay"]:.0%} |
-| grounding term | layers of 16x16 and 8x8 |
+| settings | {_parts(starts, base)}; the rate falls to zero over the last {starts[-1]["decay"]:.0%} |
+| terms beside denoising | grounding: the class word's maps of 16x16 and 8x8 on the subject's mask; separation: words of one kind apart in the text encoder; segmentation: each pixel's class, read from features; subjects: how much more errors inside masks count |
 | hardware | {platform.machine()}, {torch.get_num_threads()} CPU threads, bf16 autocast, torch {torch.__version__} |
 | wall time | text encoder and UNet {seconds / 60:.0f} min, with other work beside it |
 | map gate | peak inside the mask {gate.get("peak", float("nan")):.1%}, soft IoU {gate.get("iou", float("nan")):.2f}, inside/outside {gate.get("ratio", float("nan")):.1f}, two subjects each on its own {gate.get("own", float("nan")):.1%} ({gate.get("count", 0)} subjects) |
@@ -119,7 +119,7 @@ The bar for the map gate is {BARS["peak"]:.0%} inside, IoU {BARS["iou"]:.2f}, {B
 
 ![loss curve](loss.png)
 
-By eye (`docs/world.md`): background and style right in nearly all of 64 unseen combinations, named colours in most, the class recognisable in a minority.
+What it draws of 64 unseen combinations is in `docs/world.md`, with what was seen in them by eye.
 
 **Its attention maps come from supervision.** Real Stable Diffusion gets usable maps from scale. This base is too small
 for that: its training holds the class word's map to the subject's true mask (as TokenCompose, arXiv 2312.03626).
@@ -135,16 +135,25 @@ def _verdict(gate: dict[str, Any]) -> str:
     return "reaches all three" if all(reached) else f"reaches {sum(reached)} of the three"
 
 
+_SETTINGS = {
+    "learning rate": "learning_rate",
+    "grounding": "grounding_weight",
+    "separation": "separation_weight",
+    "segmentation": "segmentation_weight",
+    "subjects": "subject_weight",
+}
+
+
 def _parts(starts: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
     """The settings that changed between the resumed parts of a run, each from the pictures seen on."""
     parts: list[str] = []
     for start in starts:
         seen = max((line["seen"] for line in base if line["time"] <= start["time"]), default=0)
         after = next((line for line in base if line["time"] > start["time"]), None)
-        setting = f"{start['learning_rate']:g} and {start['grounding_weight']:g}"
+        setting = ", ".join(f"{label} {start[key]:g}" for label, key in _SETTINGS.items() if start.get(key))
         if after and (not parts or not parts[-1].endswith(setting)):
-            parts.append(f"from {seen:,}: {setting}")
-    return ", ".join(parts)
+            parts.append(f"from {seen:,} pictures on: {setting}")
+    return "; ".join(parts)
 
 
 def main() -> None:
