@@ -77,7 +77,7 @@ def draw_curve(log: list[dict[str, Any]], path: Path) -> None:
 
     rows = [line for line in log if line["stage"] == "base"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), constrained_layout=True)
-    for axis, key in zip(axes, ("denoising", "grounding"), strict=True):  # weights and targets changed on the way
+    for axis, key in zip(axes, ("denoising", "grounding"), strict=True):
         axis.plot([r["seen"] / 1000 for r in rows], [r[key] for r in rows], color="#6b3fc4", lw=1.2)
         axis.set(xlabel="thousand pictures seen", title=f"{key} loss, mean of 100 steps")
         axis.set_yscale("log")
@@ -118,6 +118,8 @@ nothing else.
 The bar for the map gate is {BARS["peak"]:.0%} inside, IoU {BARS["iou"]:.2f}, {BARS["own"]:.0%} on their own: this base {_verdict(gate)}.
 
 ![loss curve](loss.png)
+
+Means of what was minimized: where a setting changed (above), values before and after do not compare.
 
 What it draws of 64 unseen combinations is in `docs/world.md`, with what was seen in them by eye.
 
