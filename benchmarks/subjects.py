@@ -11,6 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
@@ -55,7 +56,10 @@ def run(folder: Path, name: str, subject: Subject, background: str, work: Path) 
         "full fine-tune": result.finetune,
     }
     sheet = contact_sheet(
-        [[p.image for p in row] for row in rows.values()], list(rows), [p.format(f"<{name}>") for p in PROMPTS], cell=96
+        [[p.image for p in row] for row in rows.values()],
+        list(rows),
+        [p.format(f"a <{name}>") for p in PROMPTS],
+        cell=96,
     )
     sheet.save(folder / f"{name}.png")
     photos_sheet = contact_sheet(
@@ -65,6 +69,7 @@ def run(folder: Path, name: str, subject: Subject, background: str, work: Path) 
     write_maps(layer_maps(pipe, result.lesson), result.lesson, folder / f"{name}-maps.png")
     return {
         "seconds": {k: round(v, 1) for k, v in result.seconds.items()},
+        "threads": torch.get_num_threads(),
         "held_out": held_out(Scene((Placed(subject, 0.5),), background)),
         "norms": {p: round(float(r.norm()), 2) for p, r in result.concept.residuals.items()},
         "losses": losses(pipe, result, subject, background),
@@ -171,7 +176,7 @@ def write_page(docs: Path) -> Path:
             f"## <{name}>, {described(subject)}; photos {background}",
             f"![photos and masks](subjects/{name}-photos.png)",
             f"![sheet](subjects/{name}.png)",
-            f"Seconds on two CPU cores: {seconds}.",
+            f"Seconds with {figures[name]['threads']} CPU thread{'s'[: figures[name]['threads'] - 1]}: {seconds}.",
             "Maps of the class word on two of the photos, layer by layer, as the base sees them:",
             f"![maps](subjects/{name}-maps.png)",
         ]

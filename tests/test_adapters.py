@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from infusion.adapters import load_adapter
@@ -49,7 +49,7 @@ def embedding(pipe, tmp_path):
 def test_a_file_draws_what_was_learned(pipe, tmp_path, make):
     learned, path = make(pipe, tmp_path)
     loaded = load_adapter(path, "dog")
-    assert loaded.subject == learned.subject
+    assert loaded.subject in (learned.subject, f"a {learned.subject}")
     prompt = f"a photo of {loaded.subject} on the beach"
     before = latents(pipe, "a photo of a dog on the beach")
     with learned.attached(pipe) as custom:
@@ -64,7 +64,7 @@ def test_a_file_draws_what_was_learned(pipe, tmp_path, make):
 def test_a_concept_and_a_folder(pipe, tmp_path):
     path = random_concept(pipe.unet).save(tmp_path / "milo.safetensors")
     concept = load_adapter(path, "dog")
-    assert concept.subject == "<milo>"
+    assert concept.subject == "a <milo>"
     with concept.attached(pipe) as custom:
         assert latents(custom, "a <milo>").shape == (1, 4, 8, 8)
     unet = tuned_unet(pipe)
@@ -86,6 +86,10 @@ def test_what_is_none_of_them_is_refused(pipe, tmp_path):
     with refused(match="is no safetensors file"):
         load_adapter(tmp_path / "x.bin", "dog")
     save_file({"a": torch.zeros(2), "b": torch.zeros(3)}, tmp_path / "two.safetensors")
+    save_file({"<milo>": torch.zeros(1, 12)}, tmp_path / "e.safetensors")
+    with refused(match="does not hold '<milo>'"):
+        load_adapter(tmp_path / "e.safetensors", "dog", subject="sks dog")
+    assert load_adapter(tmp_path / "e.safetensors", "dog", subject="a <milo> dog").token == "<milo>"
     with refused(match=r"neither a concept nor a LoRA nor an embedding \(2 tensors"):
         load_adapter(tmp_path / "two.safetensors", "dog")
 
@@ -98,12 +102,36 @@ def test_adapters_of_another_base_are_refused_and_leave_nothing(pipe, tmp_path):
     save_file({"<milo>": torch.zeros(1, 7)}, tmp_path / "e.safetensors")
     wide = random_concept(other.unet).save(tmp_path / "wide.safetensors")
     rebuilt(pipe, unet=tiny_unet(sample_size=16)).save_pretrained(tmp_path / "tuned")
+    velocity = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    rebuilt(pipe, scheduler=velocity).save_pretrained(tmp_path / "velocity")
+    save_file({"base_model.model.x.lora_A.weight": torch.zeros(2, 8)}, tmp_path / "foreign.safetensors")
     for file, message in (
         (path, "does not fit this base"),
         (tmp_path / "e.safetensors", "does not fit this base"),
         (wide, "another architecture"),
-        (tmp_path / "tuned", "draws 32 pixels a side, the base 16"),
+        (tmp_path / "tuned", r"differs from the base in pixels a side \(32, the base 16\)"),
+        (tmp_path / "velocity", "in what its UNet predicts"),
+        (tmp_path / "foreign.safetensors", "no layer of the base is named in it"),
     ):
         with pytest.raises(InfusionError, match=message), load_adapter(file, "dog").attached(pipe):
             pass
     assert torch.equal(latents(pipe, "a dog"), before)
+
+
+def test_a_lora_of_the_users_own_is_in_use_again_afterwards(pipe, tmp_path):
+    _, path = lora(pipe, tmp_path)
+    pipe.load_lora_weights(tmp_path, weight_name="l.safetensors", adapter_name="style")
+    pipe.set_adapters("style", 0.5)
+    styled = latents(pipe, "a dog")
+    with load_adapter(path, "dog").attached(pipe):
+        assert pipe.get_active_adapters() != ["style"]
+    assert pipe.get_list_adapters() == {"unet": ["style"]}
+    pipe.set_adapters("style", 0.5)
+    assert torch.equal(latents(pipe, "a dog"), styled)
+
+
+def test_an_error_of_the_callers_own_stays_its_own(pipe, tmp_path):
+    _, path = lora(pipe, tmp_path)
+    with pytest.raises(ValueError, match="mine"), load_adapter(path, "dog").attached(pipe):
+        raise ValueError("mine")
+    assert not pipe.get_list_adapters()

@@ -21,7 +21,12 @@ from infusion.photos import Photo
 from tests.conftest import latents, random_concept
 
 CONFIG = EvaluateConfig(
-    ("a photo of {} on the beach", "{} in the snow"), ("a cat",), seeds=2, other_seeds=2, steps=2, dimensions=2
+    ("a photo of {} on the beach", "{} in the snow"),
+    ("a cat", "a dog in space"),
+    seeds=2,
+    other_seeds=2,
+    steps=2,
+    dimensions=2,
 )
 
 
@@ -50,6 +55,8 @@ def test_a_concept_forgets_nothing_and_a_tuned_unet_does(pipe, photos, tmp_path)
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     tuned = evaluate(pipe, TunedUNet("a dog", unet), photos, "dog", CONFIG)
     assert tuned.figures.forgetting.eps.value > 1e-3
+    assert list(tuned.figures.forgetting.eps_by_prompt) == ["a cat"]  # the other one holds the class word
+    assert list(tuned.figures.generic.eps_by_prompt) == ["a photo of a dog in the city"]
     assert tuned.verdict[0].startswith("It forgets:")
     assert torch.equal(latents(pipe, "a dog"), before)
 
@@ -60,13 +67,17 @@ def test_a_concept_forgets_nothing_and_a_tuned_unet_does(pipe, photos, tmp_path)
     assert page.read_text().count("data:image/png") == 3 + 3 * 2
 
 
-def test_the_base_against_itself_is_no_different(pipe, photos):
-    same = evaluate(pipe, TunedUNet("a dog", copy.deepcopy(pipe.unet)), photos, "dog", CONFIG).figures
+@pytest.mark.parametrize("kind", ["unet", "concept"])
+def test_the_base_against_itself_is_no_different(pipe, photos, kind):
+    empty = random_concept(pipe.unet, scale=0.0)
+    unchanged = TunedUNet("a dog", copy.deepcopy(pipe.unet)) if kind == "unet" else ConceptAdapter("a <milo>", empty)
+    same = evaluate(pipe, unchanged, photos, "dog", CONFIG).figures
     assert same.forgetting.eps.value == 0
     assert same.w2.squared == pytest.approx(0, abs=1e-6)
     assert same.w2_exact == pytest.approx(0, abs=1e-6)
     assert same.background_above is not None
-    assert (same.background_above.value, same.nearest_photo_above.value, same.variety_above.value) == (0, 0, 0)
+    above = (same.background_above.value, same.nearest_photo_above.value, same.variety_above.value)
+    assert above == pytest.approx((0, 0, 0), abs=1e-6)
 
 
 def test_photos_without_a_background_give_no_background_figure(pipe, photos):
@@ -93,5 +104,9 @@ def test_verdicts(pipe, photos):
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(InfusionError, match="seeds is 1"):
         EvaluateConfig(seeds=1)
+    with pytest.raises(InfusionError, match="other_seeds is 1"):
+        EvaluateConfig(other_seeds=1)
+    with pytest.raises(InfusionError, match="none of them twice"):
+        EvaluateConfig(others=("a cat", "a cat"))
     with pytest.raises(InfusionError, match="does not name the subject"):
-        EvaluateConfig(prompts=("a dog",))
+        EvaluateConfig(prompts=("a dog", "a {}"))

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -20,13 +21,14 @@ from infusion.base import load_base
 from infusion.concept import Concept
 from infusion.errors import InfusionError
 from infusion.methods.interface import Adapter, rebuilt
+from infusion.methods.lora import loaded_lora
 from infusion.pipelines import attach
-from infusion.streams import require_unet
+from infusion.streams import execution_device, require_unet
 
 
 def load_adapter(path: str | Path, word: str, subject: str | None = None) -> Adapter:
-    """The adapter in a file or folder. word: the subject's class word. subject: how prompts call it; by default <name> for a
-    concept, the token for an embedding, "a WORD" for a LoRA or a pipeline.
+    """The adapter in a file or folder. word: the subject's class word. subject: how prompts call it; by default "a <name>"
+    for a concept, "a " and its token for an embedding, "a WORD" for a LoRA or a pipeline.
 
     Raises InfusionError for what is missing, damaged, or none of the four kinds.
     """
@@ -50,12 +52,13 @@ def load_adapter(path: str | Path, word: str, subject: str | None = None) -> Ada
         ) from None
     if any(key.startswith("infusion.") for key in metadata):
         concept = Concept.load(path)
-        return ConceptAdapter(subject or f"<{concept.name}>", concept)
+        return ConceptAdapter(_naming(subject, f"<{concept.name}>"), concept)
     if any("lora" in key for key in shapes):
         return LoraFile(subject or f"a {word}", path)
     if len(shapes) == 1 and 1 <= len(next(iter(shapes.values()))) <= 2:
         token = next(iter(shapes))
-        return EmbeddingFile(subject or (token if token != "emb_params" else f"<{path.stem}>"), path)
+        token = token if token != "emb_params" else f"<{path.stem}>"
+        return EmbeddingFile(_naming(subject, token), path, token)
     raise InfusionError(
         f"{str(path)!r} is neither a concept nor a LoRA nor an embedding ({len(shapes)} tensors such as {next(iter(shapes), 'none')!r}); "
         "give one of these, or a pipeline folder."
@@ -93,24 +96,22 @@ class LoraFile:
 
     @contextmanager
     def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        """The pipeline itself with the LoRA loaded. Raises InfusionError where it does not fit."""
-        try:
-            pipe.load_lora_weights(self.path.parent, weight_name=self.path.name, adapter_name="evaluated")
-        except (RuntimeError, ValueError, KeyError) as error:
-            pipe.unload_lora_weights()
-            raise _misfit(self.path, error) from None
-        try:
+        """The pipeline itself with the LoRA loaded, and no other in use. Raises InfusionError where it does not fit."""
+        if find_spec("peft") is None:
+            raise InfusionError(f"{str(self.path)!r} is a LoRA, which needs peft; pip install peft.")
+        with loaded_lora(pipe, self.path.parent, weight_name=self.path.name) as error:
+            if error is not None:
+                raise _misfit(self.path, error) from None
             yield pipe
-        finally:
-            pipe.unload_lora_weights()
 
 
 @dataclass(frozen=True)
 class EmbeddingFile:
-    """A textual-inversion embedding; `subject` is its token."""
+    """A textual-inversion embedding for `token`."""
 
     subject: str
     path: Path
+    token: str
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The embedding."""
@@ -123,7 +124,7 @@ class EmbeddingFile:
         custom = rebuilt(pipe, **parts)
         embedding = next(iter(self.tensors().values()))
         try:
-            custom.load_textual_inversion({self.subject: embedding}, token=self.subject)
+            custom.load_textual_inversion({self.token: embedding}, token=self.token)
         except (RuntimeError, ValueError) as error:
             raise _misfit(self.path, error) from None
         yield custom
@@ -143,13 +144,31 @@ class PipelineFolder:
     @contextmanager
     def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
         """The folder's pipeline with the base's scheduler. Raises InfusionError for pictures of another size."""
-        custom = load_base(self.path, str(pipe._execution_device), pipe.unet.dtype)
-        sides = [p.unet.config["sample_size"] * p.vae_scale_factor for p in (pipe, custom)]
-        if sides[0] != sides[1] or custom.unet.config["in_channels"] != pipe.unet.config["in_channels"]:
-            raise InfusionError(
-                f"{str(self.path)!r} draws {sides[1]} pixels a side, the base {sides[0]}; give the base that it was tuned from."
-            )
+        custom = load_base(self.path, str(execution_device(pipe)), pipe.unet.dtype)
+        for what, here, there in zip(_MATCHING, _properties(pipe), _properties(custom), strict=True):
+            if here != there:
+                raise InfusionError(
+                    f"{str(self.path)!r} differs from the base in {what} ({there}, the base {here}); give the base that it was tuned from."
+                )
         yield rebuilt(custom, scheduler=pipe.scheduler)
+
+
+_MATCHING = ("pixels a side", "latent channels", "width of its text states", "what its UNet predicts")
+
+
+def _properties(pipe: DiffusionPipeline) -> tuple[object, ...]:
+    unet = pipe.unet.config
+    side = unet["sample_size"] * pipe.vae_scale_factor
+    return side, unet["in_channels"], unet["cross_attention_dim"], pipe.scheduler.config["prediction_type"]
+
+
+def _naming(subject: str | None, token: str) -> str:
+    """What prompts call the subject; it must hold the token, or nothing would be customized."""
+    if subject is not None and token not in subject:
+        raise InfusionError(
+            f"The subject {subject!r} does not hold {token!r}, by which this file is called; say 'a {token}', for example."
+        )
+    return subject or f"a {token}"
 
 
 def _misfit(path: Path, error: Exception) -> InfusionError:

@@ -120,18 +120,18 @@ def compare(
             pictures |= dict(zip(part, done, strict=True))
         return [pictures[i] for i in numbers]
 
-    plain = f"a {word}"
+    plain, called = f"a {word}", f"a <{name}>"  # the same text for the base, so that only the residuals differ
     concept = finished(f"Learning <{name}> with Infusion", learning(pipe, lesson, word, name, config)).concept
     concept.save(concept_path)
     base = drawn("Drawing with the base model", pipe, plain)
     with attach(pipe, concept):
-        infusion = drawn(f"Drawing <{name}>", pipe, f"<{name}>")
+        infusion = drawn(f"Drawing <{name}>", pipe, called)
     singles = alone = None
     if single:
         alone_config = replace(config, two_streams=False)
         alone = finished("Learning in a single stream", learning(pipe, lesson, word, name, alone_config)).concept
         with attach(pipe, alone, two_streams=False):
-            singles = drawn("Drawing in a single stream", pipe, f"<{name}>")
+            singles = drawn("Drawing in a single stream", pipe, called)
     tuning = dreambooth(pipe, lesson, DreamBoothConfig(config.steps, config.batch, seed=config.seed))
     tuned = finished("Fine-tuning a full copy, for comparison", tuning)
     copy = rebuilt(pipe, unet=tuned.adapter.unet.eval())
@@ -186,7 +186,7 @@ def _page(result: Compared, config: LearnConfig, seconds: float) -> Page:
             Grid(
                 "Same prompts, same seeds",
                 "Every column is one prompt and one seed. The last two prompts do not name the subject at all.",
-                [p.format(f"<{NAME}>") for p in PROMPTS],
+                [p.format(f"a <{NAME}>") for p in PROMPTS],
                 [
                     Row(
                         "Base model",

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 from torch import Tensor
@@ -26,7 +25,7 @@ from infusion.methods.interface import Adapter, rebuilt
 from infusion.metrics.estimate import Estimate, bootstrap, paired
 from infusion.metrics.fisher import FisherDivergence, latent_fisher_divergence
 from infusion.metrics.moments import Moments
-from infusion.metrics.similarity import cosines, diversity, nearest
+from infusion.metrics.similarity import cosines, nearest, spread
 from infusion.metrics.wasserstein import GaussianW2, empirical_w2, gaussian_w2, principal
 from infusion.photos import Photo
 from infusion.report.page import Grid, Page, Row, write_page
@@ -58,7 +57,7 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class EvaluateConfig:
     """`seeds` pictures for each of `prompts`, by the base and by the adapter; a multistep solver needs few `steps`.
-    others: prompts that do not name the subject; the class word is added to them."""
+    others: prompts for what is forgotten; those that hold the subject's class word are left out."""
 
     prompts: tuple[str, ...] = PROMPTS
     others: tuple[str, ...] = OTHERS
@@ -70,8 +69,13 @@ class EvaluateConfig:
     dimensions: int = 32
 
     def __post_init__(self) -> None:
-        if self.seeds < 2:
-            raise InfusionError(f"seeds is {self.seeds}; variety needs at least 2 pictures a prompt.")
+        for field in ("seeds", "other_seeds", "dimensions"):
+            if getattr(self, field) < 2:
+                raise InfusionError(
+                    f"{field} is {getattr(self, field)}; it must be at least 2, or nothing can be said of variety."
+                )
+        if len(set(self.prompts)) < 2 or len(set(self.others)) < len(self.others) or not self.others:
+            raise InfusionError("prompts must hold at least two, and others at least one, none of them twice.")
         if bad := [p for p in self.prompts if "{}" not in p]:
             raise InfusionError(f"The prompt {bad[0]!r} does not name the subject; write {{}} where it stands.")
 
@@ -81,13 +85,15 @@ class Figures:
     """What was measured, each with its interval. Similarities are cosines of centred latents; `above` is the paired
     difference to the base's pictures of the same prompts and seeds.
 
-    forgetting: latent Fisher divergence on prompts that do not name the subject. w2, w2_exact: distance to the base's
-    pictures of the class, Gaussian and by optimal transport. background: similarity to the photos outside the
-    subject, None where the photos show no background. nearest_photo: of the whole picture, the subject included.
-    variety: mean distance among pictures of one prompt.
+    forgetting: latent Fisher divergence on prompts that name neither the subject nor its class; generic: on one of the
+    class word alone, where only a prior that is preserved holds. w2, w2_exact: distance to the base's pictures of the class in
+    the principal components of both, Gaussian and by optimal transport. background: similarity to the photos outside
+    the subject, None where the photos show no background. nearest_photo: of the whole picture, the subject
+    included. variety: mean Euclidean distance among pictures of one prompt.
     """
 
     forgetting: FisherDivergence
+    generic: FisherDivergence
     w2: GaussianW2
     w2_exact: float
     background: Estimate | None
@@ -129,7 +135,6 @@ def evaluate(
     config, told = config or EvaluateConfig(), progress or (lambda *_: None)
     solver = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe = rebuilt(pipe, scheduler=solver)
-    lesson = prepare_lesson(pipe, photos, word, "subject", flip=False)
     texts = [p for p in config.prompts for _ in range(config.seeds)]
     seeds = [config.seed + 1000 * i + j for i in range(len(config.prompts)) for j in range(config.seeds)]
 
@@ -137,15 +142,20 @@ def evaluate(
         on_step = lambda a, b: told(label, a, b)  # noqa: E731
         return generate(pipe, prompts, seeds, config.steps, config.guidance_scale, on_step=on_step)
 
-    others = [*config.others, f"a photo of a {word} in the city"]
     with adapter.attached(pipe) as custom:  # first, so that an adapter of another base is refused before any work
         ours = drawn("Drawing with the adapter", custom, [t.format(adapter.subject) for t in texts], seeds)
     base = drawn("Drawing with the base", pipe, [t.format(f"a {word}") for t in texts], seeds)
-    other_texts = [p for p in others for _ in range(config.other_seeds)]
-    other = drawn("Drawing other prompts with the base", pipe, other_texts, list(range(len(other_texts))))
-    latents = encode_pictures(pipe, [p.image for p in other]).split(config.other_seeds)
+    lesson = prepare_lesson(pipe, photos, word, "subject", flip=False)
+    others = [o for o in config.others if word not in o.split()]
+    generic = f"a photo of a {word} in the city"
+    other_texts = [p for p in (*others, generic) for _ in range(config.other_seeds)]
+    other_seeds = [config.seed + i for i in range(len(other_texts))]
+    other = drawn("Drawing other prompts with the base", pipe, other_texts, other_seeds)
+    latents = dict(
+        zip((*others, generic), encode_pictures(pipe, [p.image for p in other]).split(config.other_seeds), strict=True)
+    )
     told("Measuring", 0, 1)
-    forgetting = _forgetting(pipe, adapter, dict(zip(others, latents, strict=True)), config.seed)
+    forgetting = _forgetting(pipe, adapter, [{o: latents[o] for o in others}, {generic: latents[generic]}], config.seed)
     figures, nearest_photos = _figures(pipe, lesson, base, ours, forgetting, config)
     return Evaluation(adapter.subject, figures, verdict(figures), base, ours, nearest_photos, lesson, config)
 
@@ -164,7 +174,7 @@ def verdict(f: Figures) -> tuple[str, ...]:
         said.append("Whether it repeats its background cannot be told: the photos show the subject everywhere.")
     elif f.background_above.low > 0.02:
         said.append(
-            f"It repeats its background: where other places were asked for, similarity to the photos' is {f.background_above.value:+.3f} above the base's."
+            f"It repeats its background: on the same prompts, similarity to the photos' is {f.background_above.value:+.3f} above the base's."
         )
     else:
         said.append(
@@ -203,6 +213,7 @@ def write_report(evaluation: Evaluation, folder: Path, base: str, adapter: str) 
         facts=[
             ("Forgetting: latent Fisher divergence, eps form", str(f.forgetting.eps)),
             ("The same, score form", str(f.forgetting.score)),
+            ("The same on the class word alone, eps form", str(f.generic.eps)),
             ("Distance to the base's pictures of the class, W2^2: mean term", f"{f.w2.mean:.4g}"),
             ("The same: covariance term", f"{f.w2.covariance:.4g}"),
             ("The same, exact optimal transport", f"{f.w2_exact:.4g}"),
@@ -225,14 +236,15 @@ def write_report(evaluation: Evaluation, folder: Path, base: str, adapter: str) 
         "settings": asdict(e.config),
         "left_out": LEFT_OUT,
     }
-    (folder / "figures.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "figures.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     return path
 
 
 def _forgetting(
-    pipe: DiffusionPipeline, adapter: Adapter, latents: Mapping[str, Tensor], seed: int
-) -> FisherDivergence:
-    """The base's predictions are kept first, since an adapter may change the very UNet it is attached to."""
+    pipe: DiffusionPipeline, adapter: Adapter, groups: Sequence[Mapping[str, Tensor]], seed: int
+) -> list[FisherDivergence]:
+    """One divergence for each group of prompts. The base's predictions are kept first, since an adapter may change the
+    very UNet it is attached to."""
     kept: list[Tensor] = []
     stock = denoiser(pipe)
 
@@ -242,21 +254,25 @@ def _forgetting(
 
     kind = pipe.scheduler.config["prediction_type"]
     alphas = pipe.scheduler.alphas_cumprod
-    latent_fisher_divergence(record, lambda *_: kept[-1], latents, alphas, (kind, kind), seed=seed)
+    for latents in groups:
+        latent_fisher_divergence(record, lambda *_: kept[-1], latents, alphas, (kind, kind), seed=seed)
     replayed = iter(kept)
     with adapter.attached(pipe) as custom:
-        return latent_fisher_divergence(
-            lambda *_: next(replayed), denoiser(custom), latents, alphas, (kind, kind), seed=seed
-        )
+        return [
+            latent_fisher_divergence(
+                lambda *_: next(replayed), denoiser(custom), latents, alphas, (kind, kind), seed=seed
+            )
+            for latents in groups
+        ]
 
 
 def _figures(
-    pipe: DiffusionPipeline, lesson: Lesson, base: list[Picture], custom: list[Picture], forgetting: FisherDivergence,
+    pipe: DiffusionPipeline, lesson: Lesson, base: list[Picture], custom: list[Picture], forgetting: list[FisherDivergence],
     config: EvaluateConfig,
 ) -> tuple[Figures, list[int]]:  # fmt: skip
     latents = [_encoded(pipe, [p.image for p in pictures]) for pictures in (base, custom)]
     centre = latents[0].mean(0, keepdim=True)
-    photos = lesson.latents.double().cpu() - centre
+    photos = lesson.latents.cpu().double() - centre
     b, c = (x - centre for x in latents)
     small = principal(b.flatten(1), c.flatten(1), dimensions=config.dimensions)
     found, similarity = nearest(c.flatten(1), photos.flatten(1))
@@ -267,22 +283,23 @@ def _figures(
         like = [cosines(x[:, :, outside].flatten(1), photos[:, :, outside].flatten(1)).amax(1) for x in (c, b)]
         background, above = bootstrap(like[0]), paired(like[0], like[1])
     groups = [x.flatten(1).unflatten(0, (-1, config.seeds)) for x in (c, b)]
-    spread = [torch.stack([torch.tensor(diversity(g[None]).value) for g in group]) for group in groups]
+    varies = [spread(group) for group in groups]
     figures = Figures(
-        forgetting=forgetting,
+        forgetting=forgetting[0],
+        generic=forgetting[1],
         w2=gaussian_w2(Moments.of(small[0]), Moments.of(small[1])),
         w2_exact=empirical_w2(small[0], small[1]),
         background=background,
         background_above=above,
         nearest_photo=bootstrap(similarity),
         nearest_photo_above=paired(similarity, base_similarity),
-        variety=bootstrap(spread[0]),
-        variety_base=bootstrap(spread[1]),
-        variety_above=paired(spread[0], spread[1]),
+        variety=bootstrap(varies[0]),
+        variety_base=bootstrap(varies[1]),
+        variety_above=paired(varies[0], varies[1]),
         pictures=len(custom),
     )
     return figures, found.tolist()
 
 
 def _encoded(pipe: DiffusionPipeline, pictures: Sequence[Image.Image]) -> Tensor:
-    return encode_pictures(pipe, pictures).double().cpu()
+    return encode_pictures(pipe, pictures).cpu().double()

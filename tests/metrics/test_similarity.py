@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from infusion.metrics.leaks import leak
-from infusion.metrics.similarity import alignment, diversity, fidelity, nearest, preservation
+from infusion.metrics.similarity import alignment, diversity, fidelity, nearest, preservation, spread
 
 
 def rows(n: int, seed: int, d: int = 6) -> torch.Tensor:
@@ -43,6 +43,17 @@ def test_diversity_is_the_mean_distance_of_pairs_of_one_prompt():
     assert diversity(groups[:, :1].expand(3, 4, 6)).value == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="at least 2 pictures"):
         diversity(groups[:, :1])
+
+
+def test_the_spread_does_not_fall_when_all_pictures_move_together():
+    groups = torch.stack([rows(4, seed) for seed in (4, 5, 6)])
+    loop = [sum(float((a - b).norm()) for a, b in combinations(g, 2)) / 6 for g in groups]
+    assert spread(groups).tolist() == pytest.approx(loop, rel=1e-6)
+    moved = groups + 5 * rows(1, 9)
+    assert torch.allclose(spread(moved), spread(groups), atol=1e-5)
+    assert diversity(moved).value < 0.9 * diversity(groups).value  # a cosine's does
+    with pytest.raises(ValueError, match="at least 2 pictures"):
+        spread(groups[:, :1])
 
 
 def test_the_nearest_photo_is_found():

@@ -86,6 +86,14 @@ def test_principal_components_keep_distances_that_lie_in_them():
     assert principal(a[:4])[0].shape == (4, 3)
 
 
+def test_principal_components_hide_nothing_that_one_set_alone_shows():
+    a = features(100, 60, 9)
+    away = torch.zeros(60, dtype=torch.float64)
+    away[7] = 300.0  # where neither set varies as much
+    small_a, small_b = principal(a, a + away, dimensions=8)
+    assert float((small_b - small_a).mean(0).norm()) == pytest.approx(300, rel=0.01)
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="3 and 4 dimensions"):
         gaussian_w2(Moments(3), Moments(4))

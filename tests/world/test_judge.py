@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,8 @@ from infusion.world.judge import (
 from infusion.world.judge_training import (
     JudgeConfig,
     Labels,
+    believed_from,
+    calibrate,
     corrupt,
     examine,
     heat_targets,
@@ -84,6 +88,7 @@ def test_what_a_style_does_not_show_is_not_asked():
     grey = Subject("dog", "red", "purple", "striped", "none", MILO.shape)
     assert visible(grey, "sepia")["pattern"] == NONE
     assert visible(grey, "photo")["pattern"] != NONE
+    assert visible(replace(grey, pattern="plain"), "sepia")["pattern"] == NONE  # looks the same
     assert visible(same_grey, "photo")["color1"] != NONE
 
 
@@ -91,7 +96,8 @@ def test_peaks_and_centres():
     truth_ = torch.tensor([[[3.3, 8.6], [11.5, 4.5], [float("nan")] * 2]])
     heat = heat_targets(truth_)
     assert heat.shape == (1, GRID, GRID)
-    assert float(heat[0, 4, 11]) == 1
+    assert float(heat[0, 4, 11]) == float(heat[0, 8, 3]) == 1
+    assert int((heat == 1).sum()) == 2
     logits = torch.logit(heat[0].clamp(1e-4, 1 - 1e-4))
     found = peaks(logits)
     assert [(y, x) for y, x, _ in found] == [(4, 11), (8, 3)]
@@ -105,8 +111,11 @@ def labels(styles: list[str], changes: list[str]) -> Labels:
     n = len(styles)
     scene = torch.zeros(n, len(SCENE_HEADS), dtype=torch.long)
     scene[:, 1] = torch.tensor([STYLES.index(s) for s in styles])
+    subject = torch.zeros(n, 3, 5, dtype=torch.long)
+    for i, style in enumerate(styles):
+        subject[i, :, 1:3] = 0 if style in COLORED else NONE
     return Labels(
-        torch.zeros(n, 3, 5, dtype=torch.long),
+        subject,
         scene,
         torch.full((n, 3, 2), 8.0),
         torch.tensor([CHANGES.index(c) for c in changes]),
@@ -147,6 +156,15 @@ def test_verification_auc():
     assert verification_auc(torch.randn(8, 4, generator=torch.Generator().manual_seed(1)), told) < 1
     swapped = torch.eye(4)[[0, 1, 0, 1, 2, 3, 2, 3]]
     assert verification_auc(swapped, told) == 0
+
+
+def test_believed_from_is_the_lowest_probability_that_is_right_often_enough():
+    p = torch.tensor([0.9, 0.5, 0.8, 0.7, 0.6])
+    right = torch.tensor([True, False, True, False, True])
+    assert believed_from(p, right, 1.0) == pytest.approx(0.8)
+    assert believed_from(p, right, 0.7) == pytest.approx(0.6)
+    assert believed_from(p, right, 0.5) == pytest.approx(0.5)
+    assert believed_from(p, ~torch.ones(5, dtype=torch.bool), 0.9) > 1
 
 
 def test_corruption_touches_only_its_share():
@@ -232,5 +250,7 @@ def test_training_learns_and_resumes(data, tmp_path):
     resumed = run(again, 4)
     assert [step for step, _ in resumed] == [3, 4]
     assert resumed[0][1] == pytest.approx(straight[2][1], rel=1e-3)
+    thresholds = calibrate(JudgeNetwork(), data, None)
+    assert set(thresholds) == {*SUBJECT_HEADS, *SCENE_HEADS, "same"}
     figures = examine(JudgeNetwork(), data)
     assert set(figures) == {*SUBJECT_HEADS, *SCENE_HEADS, "found", "real", "position", "same_auc"}

@@ -1,7 +1,8 @@
 """Custom Diffusion (arXiv 2212.04488): key and value projections of cross-attention, and a new word before the class word.
 
-As diffusers' train_custom_diffusion.py with freeze_model="crossattn_kv": captions "a photo of a <milo> dog", the word
-begun as the class word's embedding, prior preservation on pictures of the class (the paper takes real ones).
+As diffusers' train_custom_diffusion.py with freeze_model="crossattn_kv": captions "a photo of a <milo> dog", no gradient
+through keys and values of the first token, prior preservation. Ours: the word begins as the class word's embedding, not as
+a rare word's, and the prior's pictures are the base's own, where the paper takes real ones.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def custom_diffusion(
     called = f"{word.token} {lesson.word}"
     ids = word.token_ids([t.format(called) for t in lesson.templates])
     unet = copy.deepcopy(require_unet(pipe)).requires_grad_(False)
+    for layer in projections(unet).values():
+        layer.register_forward_hook(_first_token_detached)
     weights = {path: layer.weight.requires_grad_(True) for path, layer in projections(unet).items()}
     learned = [*weights.values(), word.embedding]
     optimizer = torch.optim.AdamW(learned, config.learning_rate, weight_decay=1e-2)
@@ -87,3 +90,8 @@ def custom_diffusion(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         yield MethodState(step, config.steps, float(loss.detach()), adapter)
+
+
+def _first_token_detached(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """As in diffusers' CustomDiffusionAttnProcessor: the begin token's key and value stay out of the gradient."""
+    return torch.cat([output[:, :1].detach(), output[:, 1:]], 1)

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,6 +22,7 @@ from infusion.methods.dreambooth import denoising_loss
 from infusion.methods.interface import MethodState
 from infusion.streams import require_unet
 
+_NAME = "infusion_lora"
 TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
@@ -51,12 +53,41 @@ class Lora:
 
     @contextmanager
     def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        """The pipeline itself, with the LoRA loaded as a file of it would be."""
-        pipe.load_lora_weights({f"unet.{k}": v for k, v in self.tensors().items()}, adapter_name="subject")
-        try:
+        """The pipeline itself, with the LoRA loaded as a file of it would be, and no other in use."""
+        with loaded_lora(pipe, {f"unet.{k}": v for k, v in self.tensors().items()}) as error:
+            if error is not None:
+                raise error
             yield pipe
-        finally:
+
+
+@contextmanager
+def loaded_lora(pipe: DiffusionPipeline, source: Any, **kwargs: Any) -> Iterator[Exception | None]:
+    """A LoRA that alone is in use within the block; those that were in use before are so again after it.
+
+    source, kwargs: as for diffusers' `load_lora_weights`. Yields the error of one that does not fit, or None.
+    """
+    used = pipe.get_active_adapters() if pipe.get_list_adapters() else []
+    error = None
+    try:
+        try:
+            pipe.load_lora_weights(source, adapter_name=_NAME, **kwargs)
+            if not _loaded(pipe):  # diffusers only logs it
+                raise ValueError("no layer of the base is named in it")
+            pipe.set_adapters(_NAME)
+        except (RuntimeError, ValueError, KeyError) as raised:
+            error = raised
+        yield error
+    finally:
+        if _loaded(pipe):
+            pipe.delete_adapters(_NAME)
+        if used:
+            pipe.set_adapters(used)
+        else:
             pipe.unload_lora_weights()
+
+
+def _loaded(pipe: DiffusionPipeline) -> bool:
+    return any(_NAME in names for names in pipe.get_list_adapters().values())
 
 
 def dreambooth_lora(

@@ -78,9 +78,8 @@ def rank_one(
     states: Tensor, output: Tensor, weight: Tensor, i: Tensor, inverse: Tensor, o: Tensor, beta: float, tau: float
 ) -> Tensor:
     """Equation 3. states e (b, m, d), output W e (b, m, c), weight W (c, d), i* (d,), C^-1 (d, d), o* (c,)."""
-    i, inverse, o = (x.to(states.dtype) for x in (i, inverse, o))
-    sim = (states @ inverse @ i / (i @ inverse @ i)).unsqueeze(-1)  # (b, m, 1)
-    return output - sim * (weight @ i) + torch.sigmoid((sim - beta) / tau) * o
+    sim = (states.float() @ inverse @ i / (i @ inverse @ i)).unsqueeze(-1)  # (b, m, 1), in float32 as C^-1 wants it
+    return output + (torch.sigmoid((sim - beta) / tau) * o - sim * (weight.float() @ i)).to(output.dtype)
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def perfusion(
     inverse = inverse_covariance(pipe, corpus or [t.format(lesson.word) for t in lesson.templates])
     class_state = _class_state(lesson)
     layers = projections(unet)
-    outputs = {path: (layer.weight.detach() @ class_state).float() for path, layer in layers.items()}
+    outputs = {path: layer.weight.detach().float() @ class_state for path, layer in layers.items()}
     learned = {path: nn.Parameter(o.clone()) for path, o in outputs.items() if path.endswith("to_v")}
     outputs.update(learned)
     optimizer = torch.optim.Adam(

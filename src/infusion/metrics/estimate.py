@@ -38,7 +38,7 @@ def bootstrap(
     n = len(samples)
     if n == 0:
         raise ValueError("There are no samples; give at least one.")
-    values = samples.double()
+    values = samples.detach().cpu().double()  # MPS has no float64
     of = statistic or (lambda x: x.mean(0))
     value = float(of(values))
     if n == 1:
@@ -56,7 +56,7 @@ def rate(hits: Tensor, level_z: float = 1.959964) -> Estimate:
     n = len(hits)
     if n == 0:
         raise ValueError("There are no samples; give at least one.")
-    p, z2 = float(hits.double().mean()), level_z**2
+    p, z2 = float(hits.cpu().double().mean()), level_z**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = level_z * ((p * (1 - p) + z2 / (4 * n)) / n) ** 0.5 / (1 + z2 / n)
     return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n)
@@ -68,4 +68,4 @@ def paired(a: Tensor, b: Tensor, resamples: int = 1000, seed: int = 0) -> Estima
         raise ValueError(
             f"{tuple(a.shape)} and {tuple(b.shape)} samples cannot be paired; give both for the same seeds."
         )
-    return bootstrap(a.double() - b.double(), resamples=resamples, seed=seed)
+    return bootstrap(a.cpu().double() - b.cpu().double(), resamples=resamples, seed=seed)

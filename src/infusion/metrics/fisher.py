@@ -69,10 +69,10 @@ def latent_fisher_divergence(
                     to_eps(model(part, rows, prompt), part, a, kind)
                     for model, kind in zip((base, custom), prediction_types, strict=True)
                 ]
-                moved.append((eps[0].double() - eps[1].double()).square().flatten(1).mean(1).cpu())
+                moved.append((eps[0].cpu().double() - eps[1].cpu().double()).square().flatten(1).mean(1))
             per_t.append(torch.cat(moved))
         eps_form = torch.stack(per_t, 1)  # (n, t)
-        weight = 1 / (1 - alphas_cumprod[list(timesteps)].double().cpu())
+        weight = 1 / (1 - alphas_cumprod[list(timesteps)].cpu().double())
         by_prompt[prompt] = ((eps_form * weight).mean(1), eps_form.mean(1))
     return FisherDivergence(
         score=bootstrap(torch.cat([s for s, _ in by_prompt.values()])),

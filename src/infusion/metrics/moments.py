@@ -27,7 +27,7 @@ class Moments:
             raise ValueError(f"Features are of shape {tuple(features.shape)}; they must be (n, {len(self.mean)}).")
         if not len(features):
             return
-        x = features.detach().double().cpu()
+        x = features.detach().cpu().double()
         n, m = self.count, len(x)
         delta = x.mean(0) - self.mean
         centred = x - x.mean(0)

@@ -50,18 +50,21 @@ def empirical_w2(a: Tensor, b: Tensor) -> float:
         raise ValueError(
             f"Sets of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared; give (n, d) and (m, d)."
         )
-    cost = torch.cdist(a.double().cpu(), b.double().cpu()).square().numpy()
+    cost = torch.cdist(a.cpu().double(), b.cpu().double()).square().numpy()
     return float(ot.emd2(ot.unif(len(a)), ot.unif(len(b)), cost, numItermax=1_000_000))
 
 
-def principal(reference: Tensor, *others: Tensor, dimensions: int = 64) -> tuple[Tensor, ...]:
-    """All sets (n_i, d) in the first principal components of `reference`, centred on it; for sets not much larger
-    than their dimension. Keeps at most n - 1 of them, as there are no more."""
-    x = reference.double()
-    centre = x.mean(0)
-    _, _, axes = torch.linalg.svd(x - centre, full_matrices=False)
-    axes = axes[: min(dimensions, len(x) - 1)]
-    return tuple((y.double() - centre) @ axes.T for y in (reference, *others))
+def principal(*sets: Tensor, dimensions: int = 64) -> tuple[Tensor, ...]:
+    """All sets (n_i, d) in the first principal components of their union; for sets not much larger than their dimension.
+
+    The union's, since axes of one set alone would hide what the others add and overstate its own spread. Give sets of
+    equal size. Keeps at most one component less than there are samples, as there are no more.
+    """
+    union = torch.cat([x.cpu().double() for x in sets])
+    centre = union.mean(0)
+    _, _, axes = torch.linalg.svd(union - centre, full_matrices=False)
+    axes = axes[: min(dimensions, len(union) - 1)]
+    return tuple((x.cpu().double() - centre) @ axes.T for x in sets)
 
 
 def _square_root(matrix: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Train the judge: python -m infusion.world.judge_training --folder runs/judge
 
 Draws families of pictures, adds what generators do to pictures (autoencoding, blur, noise), trains all heads
-together by the clock, calibrates on fresh families and writes judge.safetensors and its figures. Resumes after a kill.
+together by the clock, sets from fresh families when a head is believed, and writes judge.safetensors with its figures
+on yet other families. Resumes after a kill.
 """
 
 from __future__ import annotations
@@ -24,11 +25,7 @@ from torch import Tensor
 from infusion.world.judge import GRID, SCENE_HEADS, SUBJECT_HEADS, Judge, JudgeNetwork, Maps, peaks
 from infusion.world.models import build_autoencoder, pixels_to_tensor
 from infusion.world.release import read_weights
-from infusion.world.twins import CHANGES, COLORED, NONE, VIEWS, Families, build_families, load_families
-from infusion.world.vocabulary import STYLES
-
-COLORED_STYLES = torch.tensor([STYLES.index(s) for s in COLORED])
-COLOR_CHANGES = torch.tensor([CHANGES.index(c) for c in ("color1", "color2")])
+from infusion.world.twins import CHANGES, NONE, VIEWS, Families, build_families, load_families
 
 
 @dataclass(frozen=True)
@@ -70,19 +67,28 @@ def labels_of(data: Families, rows: np.ndarray) -> Labels:
 
 
 def heat_targets(centre: Tensor) -> Tensor:
-    """Gaussians of one cell's width about every subject's centre (b, s, 2), the highest counting: (b, g, g) in [0, 1]."""
+    """Gaussians of one cell's width about every subject's centre (b, s, 2), the highest counting, and exactly 1 in the cell
+    of each centre: (b, g, g) in [0, 1]."""
     cells = torch.arange(GRID) + 0.5
     dx, dy = cells - centre[..., :1], cells - centre[..., 1:]  # (b, s, g) each
-    heat = torch.exp(-(dy[..., :, None] ** 2 + dx[..., None, :] ** 2) / 2)
-    return heat.nan_to_num(0.0).amax(1)
+    heat = torch.exp(-(dy[..., :, None] ** 2 + dx[..., None, :] ** 2) / 2).nan_to_num(0.0).amax(1)
+    b, s = torch.nonzero(~centre.isnan().any(-1), as_tuple=True)
+    x, y = centre[b, s].long().clamp(0, GRID - 1).unbind(-1)
+    heat[b, y, x] = 1  # else a centre near a cell's corner would have no positive at all
+    return heat
+
+
+def _cells(labels: Labels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Picture, subject, column and row of every subject's centre."""
+    b, s = torch.nonzero(~labels.centre.isnan().any(-1), as_tuple=True)
+    x, y = labels.centre[b, s].long().clamp(0, GRID - 1).unbind(-1)
+    return b, s, x, y
 
 
 def judge_losses(maps: Maps, labels: Labels, config: JudgeConfig) -> dict[str, Tensor]:
     """Loss of each head; every head of a subject is read at its centre's cell."""
     losses = {"heat": _focal(maps.heat.float(), heat_targets(labels.centre).to(maps.heat.device))}
-    present = ~labels.centre.isnan().any(-1)
-    b, s = torch.nonzero(present, as_tuple=True)
-    x, y = labels.centre[b, s].long().clamp(0, GRID - 1).unbind(-1)
+    b, s, x, y = _cells(labels)
     for k, name in enumerate(SUBJECT_HEADS):
         target = labels.subject[b, s, k]
         known = target != NONE
@@ -98,12 +104,11 @@ def judge_losses(maps: Maps, labels: Labels, config: JudgeConfig) -> dict[str, T
 
 def twin_loss(embeddings: Tensor, labels: Labels, rows: Tensor, temperature: float) -> Tensor:
     """Contrastive loss (arXiv 2004.11362): the other view of the same individual against everyone else's, twins too, but not
-    against a twin that differs in a colour where one of the two pictures shows none. embeddings (n, e) of pictures `rows`."""
+    against a twin whose difference one of the two pictures does not show. embeddings (n, e) of pictures `rows`."""
     family, twin = rows // VIEWS, rows % VIEWS // 2
     same = (family[:, None] == family[None]) & (twin[:, None] == twin[None])
-    shows = torch.isin(labels.scene[rows, list(SCENE_HEADS).index("style")], COLORED_STYLES)
-    by_color = torch.isin(labels.change[rows], COLOR_CHANGES)
-    alike = (family[:, None] == family[None]) & ~same & by_color[:, None] & ~(shows[:, None] & shows[None])
+    shows = shows_change(labels)[rows]
+    alike = (family[:, None] == family[None]) & ~same & ~(shows[:, None] & shows[None])
     itself = torch.eye(len(rows), dtype=torch.bool)
     positive = same & ~itself
     logits = (embeddings @ embeddings.T / temperature).masked_fill(
@@ -115,6 +120,14 @@ def twin_loss(embeddings: Tensor, labels: Labels, rows: Tensor, temperature: flo
     log_p = logits.log_softmax(1)[counted.to(logits.device)]
     mask = positive[counted].to(logits.device)
     return -(log_p.masked_fill(~mask, 0).sum(1) / mask.sum(1)).mean()
+
+
+def shows_change(labels: Labels) -> Tensor:
+    """Whether each picture (n,) shows, of its first subject, the attribute in which the family's twin differs."""
+    heads = [list(SUBJECT_HEADS).index(c) if c in SUBJECT_HEADS else -1 for c in CHANGES]  # a shape always shows
+    head = torch.tensor(heads)[labels.change]
+    told = labels.subject[:, 0].gather(1, head.clamp_min(0)[:, None])[:, 0] != NONE
+    return told | (head < 0)
 
 
 def corrupt(pictures: Tensor, autoencoder: AutoencoderKL | None, rng: np.random.Generator, share: float) -> Tensor:
@@ -192,6 +205,50 @@ def train_judge(
 
 
 @torch.no_grad()
+def calibrate(
+    network: JudgeNetwork, data: Families, autoencoder: AutoencoderKL | None, precision: float = 0.98, batch: int = 64
+) -> dict[str, float]:
+    """For each head the lowest probability from which on its answers are right in `precision` of the cases, on pictures as
+    generators make them (`corrupt`); for "same" the cosine at which as many twins pass as individuals fail."""
+    network.eval()
+    told: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in (*SUBJECT_HEADS, *SCENE_HEADS)}
+    embeddings = []
+    rng = np.random.default_rng(0)
+    for i in range(0, len(data), batch):
+        rows = np.arange(i, min(i + batch, len(data)))
+        labels = labels_of(data, rows)
+        maps = network(corrupt(pixels_to_tensor(torch.from_numpy(data.pixels[rows])), autoencoder, rng, 0.6))
+        b, s, x, y = _cells(labels)
+        for k, name in enumerate(SUBJECT_HEADS):
+            known = labels.subject[b, s, k] != NONE
+            p, answer = maps.subject[name][b, :, y, x][known].float().softmax(1).max(1)
+            told[name].append((p, answer == labels.subject[b, s, k][known]))
+        for k, name in enumerate(SCENE_HEADS):
+            p, answer = maps.scene[name].float().softmax(1).max(1)
+            told[name].append((p, answer == labels.scene[:, k]))
+        cx, cy = labels.centre[:, 0].nan_to_num(GRID / 2).long().clamp(0, GRID - 1).unbind(-1)
+        embeddings.append(maps.embedding[torch.arange(len(rows)), :, cy, cx])
+    thresholds = {
+        name: believed_from(*map(torch.cat, zip(*parts, strict=True)), precision) for name, parts in told.items()
+    }
+    same, other = twin_cosines(torch.cat(embeddings), labels_of(data, np.arange(len(data))))
+    candidates = torch.cat([same, other]).sort().values
+    fails = torch.searchsorted(same.sort().values, candidates) / len(same)
+    passes = 1 - torch.searchsorted(other.sort().values, candidates) / len(other)
+    thresholds["same"] = float(candidates[(fails - passes).abs().argmin()])
+    return {name: round(value, 4) for name, value in thresholds.items()}
+
+
+def believed_from(probability: Tensor, right: Tensor, precision: float) -> float:
+    """The lowest probability from which on answers (n,) are right in at least `precision` of the cases; above 1 where
+    none is."""
+    order = probability.argsort(descending=True)
+    share = right[order].double().cumsum(0) / torch.arange(1, len(order) + 1)
+    enough = torch.nonzero(share >= precision)
+    return float(probability[order[enough[-1, 0]]]) if len(enough) else 1.01
+
+
+@torch.no_grad()
 def examine(
     network: JudgeNetwork, data: Families, autoencoder: AutoencoderKL | None = None, batch: int = 64
 ) -> dict[str, float]:
@@ -218,26 +275,29 @@ def examine(
 
 def verification_auc(embeddings: Tensor, labels: Labels) -> float:
     """Area under the ROC curve of cosines: two views of one individual against an individual and its visible twin."""
+    positive, negative = twin_cosines(embeddings, labels)
+    below = torch.searchsorted(negative.sort().values, positive).double()
+    return float(below.mean() / len(negative))
+
+
+def twin_cosines(embeddings: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+    """Cosines of two views of one individual, and of an individual and its twin where both pictures show the difference."""
     e = embeddings.unflatten(0, (-1, VIEWS))
-    shows = torch.isin(labels.scene[:, list(SCENE_HEADS).index("style")], COLORED_STYLES).unflatten(0, (-1, VIEWS))
+    shows = shows_change(labels).unflatten(0, (-1, VIEWS))
     here = ~labels.centre[:, 0].isnan().any(-1).unflatten(0, (-1, VIEWS))
-    by_color = torch.isin(labels.change, COLOR_CHANGES).unflatten(0, (-1, VIEWS))[:, 0]
     same, other = [], []
     for a, b in ((0, 1), (2, 3)):
         same.append((e[:, a] * e[:, b]).sum(-1)[here[:, a] & here[:, b]])
     for a in (0, 1):
         for b in (2, 3):
-            tells = here[:, a] & here[:, b] & (~by_color | (shows[:, a] & shows[:, b]))
+            tells = here[:, a] & here[:, b] & shows[:, a] & shows[:, b]
             other.append((e[:, a] * e[:, b]).sum(-1)[tells])
-    positive, negative = torch.cat(same), torch.cat(other).sort().values
-    below = torch.searchsorted(negative, positive).double()
-    return float(below.mean() / len(negative))
+    return torch.cat(same), torch.cat(other)
 
 
 def _count(maps: Maps, labels: Labels, hits: dict[str, list[Tensor]]) -> None:
     present = ~labels.centre.isnan().any(-1)
-    b, s = torch.nonzero(present, as_tuple=True)
-    x, y = labels.centre[b, s].long().clamp(0, GRID - 1).unbind(-1)
+    b, s, x, y = _cells(labels)
     for k, name in enumerate(SUBJECT_HEADS):
         target = labels.subject[b, s, k]
         known = target != NONE
@@ -256,9 +316,9 @@ def _count(maps: Maps, labels: Labels, hits: dict[str, list[Tensor]]) -> None:
 
 
 def _focal(logits: Tensor, target: Tensor) -> Tensor:
-    """Penalty-reduced focal loss of CenterNet (arXiv 1904.07850, equation 1), per picture."""
+    """Penalty-reduced focal loss of CenterNet (arXiv 1904.07850, equation 1), per subject."""
     p = logits.sigmoid().clamp(1e-4, 1 - 1e-4)
-    peak = (target > 0.85).float()
+    peak = (target == 1).float()
     loss = peak * (1 - p) ** 2 * p.log() + (1 - peak) * (1 - target) ** 4 * p**2 * (1 - p).log()
     return -loss.sum() / peak.sum().clamp_min(1)
 
@@ -275,7 +335,8 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision="bf16")
     _log(args.folder, stage="start", device=str(accelerator.device), **asdict(config))
-    for part, count, seed in (("train", config.drawn, config.seed), ("test", 500, config.seed + 1)):
+    parts = (("train", config.drawn), ("calibration", 300), ("test", 500))
+    for seed, (part, count) in enumerate(parts, start=3 * config.seed):
         for done in build_families(args.folder / part, count, seed):
             if done % 2048 == 0:
                 _log(args.folder, stage="drawing", part=part, families=done)
@@ -300,7 +361,9 @@ def main() -> None:
     test = load_families(args.folder / "test")
     _log(args.folder, stage="clean", **examine(network, test))
     _log(args.folder, stage="autoencoded", **examine(network, test, autoencoder))
-    Judge(network).save(args.folder / "judge.safetensors")
+    thresholds = calibrate(network, load_families(args.folder / "calibration"), autoencoder)
+    _log(args.folder, stage="calibration", **thresholds)
+    Judge(network, thresholds).save(args.folder / "judge.safetensors")
 
 
 def _log(folder: Path, **values: object) -> None:

@@ -67,11 +67,11 @@ def twin_of(subject: Subject, change: str, rng: np.random.Generator) -> Subject:
 
 def visible(subject: Subject, style: str) -> dict[str, int]:
     """The subject's names by their place in each head; NONE for colours in styles without any, and for a pattern whose
-    two colours are one grey in sepia."""
+    two colours are one grey in sepia, where plain and striped look the same."""
     names = {head: values.index(getattr(subject, head)) for head, values in SUBJECT_HEADS.items()}
     if style not in COLORED:
         names["color1"] = names["color2"] = NONE
-    if style == "sepia" and subject.pattern != "plain" and _contrast(subject) < 0.08:
+    if style == "sepia" and _contrast(subject) < 0.08:
         names["pattern"] = NONE
     return names
 
