@@ -21,7 +21,7 @@ def contact_sheet(
     """
     font = ImageFont.load_default(size=max(10, cell // 10))
     gap, line = max(2, cell // 40), max(12, cell // 8)
-    wrapped = [_wrap(label, font, cell) for label in column_labels]
+    wrapped = [_wrap(label, font, cell - gap) for label in column_labels]
     top = max((len(w) for w in wrapped), default=0) * line + (gap if wrapped else 0)
     left = max((int(font.getlength(label)) for label in row_labels), default=0) + (2 * gap if row_labels else 0)
     columns = max(len(row) for row in rows)

@@ -126,7 +126,7 @@ What it draws of 64 unseen combinations is in `docs/world.md`, with what was see
 **Its attention maps come from supervision.** Real Stable Diffusion gets usable maps from scale. This base is too small
 for that: its training holds the class word's map to the subject's true mask (as TokenCompose, arXiv 2312.03626).
 
-Train it again: `python -m infusion.world.pretrain --folder runs/base --minutes {start["minutes"]:.0f}`, then
+Train it again: `python -m infusion.world.pretrain --folder runs/base --minutes {starts[-1]["minutes"]:.0f}`, then
 `python -m infusion.world.release --folder runs/base`. It uses a GPU where there is one. Go on from these weights
 alone: add `--from-weights` and a new folder.
 """
