@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from infusion.base import load_base
 from infusion.cli import main
 from infusion.concept import Concept
 from infusion.demo import MILO, draw_photos
+from tests.conftest import random_concept
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +149,26 @@ def test_bad_input_to_generate(run, tmp_path, args, message):
     assert code == 2
     assert message in said
     assert "Traceback" not in said
+
+
+def test_evaluate(run, photos, tmp_path):
+    unet = load_base(device="cpu").unet
+    concept = random_concept(unet, scale=0.1).save(tmp_path / "milo.safetensors")
+    common = ("--photos", photos, "--word", "dog", "-o", tmp_path / "report")
+    code, said = run("evaluate", "--adapter", concept, *common, "--seeds", 2)
+    assert code == 0, said
+    assert "It forgets nothing" in said
+    figures = json.loads((tmp_path / "report" / "figures.json").read_text())["figures"]
+    assert figures["forgetting"]["score"]["value"] == 0
+    assert figures["pictures"] == 20
+    for args, message in (
+        (("--adapter", tmp_path / "none"), "There is no file"),
+        (("--adapter", concept, "--seeds", 1), "seeds is 1"),
+        (("--adapter", concept, "--subject", "a dog"), "does not hold '<milo>'"),
+        (("--adapter", concept, "--photos", tmp_path / "none"), "There is no folder"),
+    ):
+        code, said = run("evaluate", *common, *args)
+        assert (code, message in said) == (2, True), said
 
 
 def test_a_name_without_any_concept(run, tmp_path):
