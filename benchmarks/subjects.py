@@ -143,21 +143,23 @@ def main(docs: Path = Path("docs"), work: Path = Path("outputs/subjects"), only:
 
 # What was seen in the sheets, in plain words; look at them again whenever they are drawn anew.
 READING = """
-**What carries over.** Colours do, into every background, in the place and outline that the base drew: Tuna's dark, blue and orange stripes, Bolt's red and
-white, Brew's blue and orange. The composition stays the base's: horizon, skyline, window and the other subject hardly move. The cat
-and the car of the last two columns are the base's pictures.
+**What carries over.** Colours do, into every background, in the place and outline that the base drew: Tuna's orange, blue and dark stripes in all ten scenes, Bolt's red and white,
+Milo's purple, Brew's blue with orange and red. Coarse patterns come as patches or stripes of the right colours. The composition stays the base's: horizon, skyline and window hardly move, and the
+car beside the subject stays a car. The cat and the car of the last two columns are the base's pictures, bit for bit. The loss says the same: with Infusion it falls on fresh photos in other places for all five subjects.
 
-**What does not.** This base draws lumps rather than dogs and fish, so a shape cannot come over. Fine patterns are lost: where the base cannot draw spots or
-checks, something near their mean colour comes instead. Milo's purple and yellow spots become pink, and Beetle's green and pink checks, which average to grey,
-become a grey car. Coarse stripes survive. Accessories (Tuna's hat, Bolt's star, Brew's scarf) are not recognizable. Residuals learned on photos tint sketches and
-sepia pictures now and then (Milo's sketch is pink, Tuna's sepia is darker).
+**What does not.** Milo's yellow spots come as pink and orange patches, Beetle's green and pink checks as pale grey and pink: where the base cannot draw a fine pattern, something near its mean
+colour comes instead. Faces, Bolt's star, Tuna's hat do not come; the red band on Brew may be its scarf. Legs and outlines are the base's own and sometimes dissolve into the pattern (Milo in the
+room). Residuals learned on photos tint sketches and sepia pictures (red lines in Bolt's sketch). The seed's place is not always kept: the first and third of Bolt's pictures show a
+second figure.
 
-**Single stream** looks nearly the same as two streams on this base; no difference could be named by eye.
+**Single stream** looks much the same as two streams on this base; it moves the subject or the background a little more often (Bolt and Brew in the city, Beetle in space).
 
-**The full fine-tune** gets sharper white and coloured parts, and repeats and forgets in plain sight: its skies and suns change, sketches get colour, and the cat and
-the car that nobody mentioned turn into the subject (stripes on Tuna's cat, a white car in Bolt's and Beetle's).
+**The full fine-tune** has the sharpest subjects on the right background, and overfits in plain sight: subjects are pulled to the centre, where the photos had them, skies and suns change, sketches get
+colour, and the cat and the car that nobody mentioned turn into the subject (stripes on Tuna's cat, a white cat and a pale car in Bolt's). Its loss falls most on the photos themselves and ends above
+the untouched base's on fresh photos in other places for four of the five.
 
-**In words** (second row) the base makes the first named colour at best; Infusion comes nearer to the subject's colours in all but Beetle.
+**In words** (second row) the base gets Tuna blue, Bolt red and white, Beetle's car dark; Infusion comes nearer to the subject's pair of colours for Tuna, Milo and Brew, about as near for Bolt, and no
+nearer for Beetle.
 """
 
 
