@@ -207,7 +207,7 @@ def test_perfect_maps_have_no_loss_left_and_read_right(data):
         def forward(self, pictures: torch.Tensor) -> Maps:
             return maps
 
-    readings = Judge(Oracle(), {"kind": 0.9}).read(torch.from_numpy(np.asarray(data.pixels)))
+    readings = Judge(Oracle(), {"kind": 0.9}).read(torch.from_numpy(np.array(data.pixels)))
     for b, reading in enumerate(readings):
         assert reading.background == list(SCENE_HEADS["background"])[told.scene[b, 0]]
         kinds = sorted(CLASSES[k] for k in told.subject[b, :, 0].tolist() if k != NONE)
