@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from infusion.lesson import Lesson
-from infusion.methods.dreambooth import denoising_loss
+from infusion.methods.dreambooth import preserving
 from infusion.methods.interface import MethodState
 from infusion.methods.textual_inversion import WordEmbedding
 from infusion.methods.tokens import NewWord
@@ -76,20 +76,10 @@ def custom_diffusion(
         layer.register_forward_hook(_first_token_detached)
     weights = {path: layer.weight.requires_grad_(True) for path, layer in projections(unet).items()}
     learned = [*weights.values(), word.embedding]
-    optimizer = torch.optim.AdamW(learned, config.learning_rate, weight_decay=1e-2)
-    generator = torch.Generator().manual_seed(config.seed)
-    prior_generator = torch.Generator().manual_seed(config.seed + 1)
     adapter = KeysAndValues(f"a {called}", WordEmbedding(word.token, word.embedding), weights)
-    for step in range(1, config.steps + 1):
-        draw = lesson.draw(config.batch, generator)
-        loss = denoising_loss(unet, draw, word.states(ids[draw.captions]))
-        if prior is not None:
-            loss = loss + config.prior_weight * denoising_loss(unet, prior.draw(config.batch, prior_generator))
-        loss.backward()
-        nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        yield MethodState(step, config.steps, float(loss.detach()), adapter)
+    yield from preserving(
+        unet, learned, lesson, prior, config, adapter, states=lambda draw: word.states(ids[draw.captions])
+    )
 
 
 def _first_token_detached(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

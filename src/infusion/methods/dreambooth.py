@@ -9,9 +9,10 @@ an identifier it is the plain full fine-tune: the embedded base has no rare toke
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -64,16 +65,30 @@ def dreambooth(
         captions = [t.format(called) for t in lesson.templates]
         lesson = replace(lesson, texts=encode_texts(pipe, captions, {}, lesson.name))
     unet = copy.deepcopy(require_unet(pipe)).requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(unet.parameters(), config.learning_rate, weight_decay=1e-2)
+    yield from preserving(unet, list(unet.parameters()), lesson, prior, config, TunedUNet(f"a {called}", unet))
+
+
+def preserving(
+    unet: nn.Module,
+    learned: Sequence[nn.Parameter],
+    lesson: Lesson,
+    prior: Lesson | None,
+    config: Any,
+    adapter: Any,
+    states: Callable[[Draw], Tensor] | None = None,
+) -> Iterator[MethodState]:
+    """The training loop of methods with prior preservation: AdamW on `learned`, gradients clipped to norm 1. config: has steps, batch,
+    learning_rate, prior_weight and seed. states: a draw's text states, where they are learned too; the prior keeps its own."""
+    optimizer = torch.optim.AdamW(learned, config.learning_rate, weight_decay=1e-2)
     generator = torch.Generator().manual_seed(config.seed)
     prior_generator = torch.Generator().manual_seed(config.seed + 1)  # photos are drawn alike with and without a prior
-    adapter = TunedUNet(f"a {called}", unet)
     for step in range(1, config.steps + 1):
-        loss = denoising_loss(unet, lesson.draw(config.batch, generator))
+        draw = lesson.draw(config.batch, generator)
+        loss = denoising_loss(unet, draw, states(draw) if states else None)
         if prior is not None:
             loss = loss + config.prior_weight * denoising_loss(unet, prior.draw(config.batch, prior_generator))
         loss.backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         yield MethodState(step, config.steps, float(loss.detach()), adapter)

@@ -18,7 +18,7 @@ from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
 
 from infusion.lesson import Lesson
-from infusion.methods.dreambooth import denoising_loss
+from infusion.methods.dreambooth import preserving
 from infusion.methods.interface import MethodState
 from infusion.streams import require_unet
 
@@ -107,16 +107,4 @@ def dreambooth_lora(
         )
     cast_training_params(unet)  # LoRA weights train in fp32 also under an fp16 UNet
     learned = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, config.learning_rate, weight_decay=1e-2)
-    generator = torch.Generator().manual_seed(config.seed)
-    prior_generator = torch.Generator().manual_seed(config.seed + 1)
-    adapter = Lora(f"a {lesson.word}", unet)
-    for step in range(1, config.steps + 1):
-        loss = denoising_loss(unet, lesson.draw(config.batch, generator))
-        if prior is not None:
-            loss = loss + config.prior_weight * denoising_loss(unet, prior.draw(config.batch, prior_generator))
-        loss.backward()
-        nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        yield MethodState(step, config.steps, float(loss.detach()), adapter)
+    yield from preserving(unet, learned, lesson, prior, config, Lora(f"a {lesson.word}", unet))
