@@ -28,6 +28,7 @@ WORLD = (
     "subjects",
     "backgrounds",
     "styles",
+    "truth",
     "scenes",
     "captions",
     "tokenizer",
@@ -43,6 +44,7 @@ WORLD = (
     "judge",
     "twins",
     "judge_training",
+    "requests",
 )
 
 

@@ -60,7 +60,7 @@ def test_standardized_latents_decode_to_the_same_picture(data):
 def test_the_base_trains_resumes_and_keeps_its_processors(data, tmp_path):
     latents = torch.randn(64, 6, 16, 16, generator=torch.Generator().manual_seed(0)).half()
     config = PretrainConfig(scenes=64, minutes=60, batch=4, warmup=1, save_every=2, validate_every=3)
-    validation = latents[:16], Dataset(*(a[:16] for a in (data.pixels, data.masks, data.ids, data.words)))
+    validation = latents[:16], Dataset(*(a[:16] for a in (data.pixels, data.masks, data.subjects, data.ids, data.words)))
     accelerator = Accelerator(cpu=True)
 
     def parts():
@@ -91,7 +91,7 @@ def test_validation_against_a_loop(data):
     torch.manual_seed(0)
     text, unet = build_text_encoder(build_tokenizer()).eval(), build_unet().eval()
     latents = torch.randn(64, 6, 16, 16, generator=torch.Generator().manual_seed(1)).half()
-    rows = (latents[:5], Dataset(*(a[:5] for a in (data.pixels, data.masks, data.ids, data.words))))
+    rows = (latents[:5], Dataset(*(a[:5] for a in (data.pixels, data.masks, data.subjects, data.ids, data.words))))
     measured = validate(text, unet, *rows, timesteps=(300,))
     batch = sample_batch(*rows, np.arange(5), np.random.default_rng(0))
     noise = torch.randn(5, 6, 16, 16, generator=torch.Generator().manual_seed(0))

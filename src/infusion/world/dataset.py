@@ -20,6 +20,7 @@ from torch import Tensor
 from infusion.world.captions import Caption, caption
 from infusion.world.scenes import SIDE, Scene, held_out, random_scene, render
 from infusion.world.tokenizer import MAX_LENGTH, build_tokenizer, span_positions
+from infusion.world.truth import NONE, SUBJECT_HEADS, visible
 
 MAX_SUBJECTS = 3
 CAPTIONS_PER_SCENE = 4
@@ -32,12 +33,14 @@ class Dataset:
     """Arrays over n scenes, memory-mapped.
 
     pixels (n, SIDE, SIDE, 3) uint8; masks (n, MAX_SUBJECTS, GRID, GRID) uint8, 255 = inside;
+    subjects (n, MAX_SUBJECTS, heads) int16, attributes as in `truth.visible`, NONE where there is no such subject;
     ids (n, CAPTIONS_PER_SCENE, MAX_LENGTH) int16 token ids; words (n, CAPTIONS_PER_SCENE,
     MAX_SUBJECTS, MAX_LENGTH) bool, True where a token is the subject's class word.
     """
 
     pixels: np.ndarray
     masks: np.ndarray
+    subjects: np.ndarray
     ids: np.ndarray
     words: np.ndarray
 
@@ -88,12 +91,13 @@ def load_dataset(folder: Path) -> Dataset:
 
 @dataclass(frozen=True)
 class Batch:
-    """latents (b, c, g, g); ids (b, m); words (b, s, m) bool; masks (b, s, g, g) in [0, 1]."""
+    """latents (b, c, g, g); ids (b, m); words (b, s, m) bool; masks (b, s, g, g) in [0, 1]; subjects (b, s, heads)."""
 
     latents: Tensor
     ids: Tensor
     words: Tensor
     masks: Tensor
+    subjects: Tensor
 
 
 def sample_batch(
@@ -107,7 +111,16 @@ def sample_batch(
     ids[empty, 1:] = int(ids[0, -1])  # a short caption ends in padding, which is the end token: so does an empty one
     words[empty] = False
     masks = torch.from_numpy(data.masks[rows].astype(np.float32) / 255)
-    return Batch(latents[torch.from_numpy(rows)].float(), ids, words, masks)
+    subjects = torch.from_numpy(data.subjects[rows].astype(np.int64))
+    return Batch(latents[torch.from_numpy(rows)].float(), ids, words, masks, subjects)
+
+
+def attributes(scene: Scene) -> np.ndarray:
+    """What the scene's style shows of each subject, (MAX_SUBJECTS, heads) int16."""
+    rows = np.full((MAX_SUBJECTS, len(SUBJECT_HEADS)), NONE, np.int16)
+    for row, placed in zip(rows, scene.subjects, strict=False):
+        row[:] = list(visible(placed.subject, scene.style).values())
+    return rows
 
 
 def encode_caption(words: Caption) -> tuple[np.ndarray, np.ndarray]:
@@ -123,6 +136,7 @@ def encode_caption(words: Caption) -> tuple[np.ndarray, np.ndarray]:
 _LAYOUT = {
     "pixels": (np.uint8, (SIDE, SIDE, 3)),
     "masks": (np.uint8, (MAX_SUBJECTS, GRID, GRID)),
+    "subjects": (np.int16, (MAX_SUBJECTS, len(SUBJECT_HEADS))),
     "ids": (np.int16, (CAPTIONS_PER_SCENE, MAX_LENGTH)),
     "words": (np.bool_, (CAPTIONS_PER_SCENE, MAX_SUBJECTS, MAX_LENGTH)),
 }
@@ -142,6 +156,7 @@ def _draw_chunk(seed: int, start: int, count: int) -> dict[str, np.ndarray]:
         cells = SIDE // GRID
         masks = drawn.masks.reshape(-1, GRID, cells, GRID, cells).mean(axis=(2, 4))
         chunk["masks"][i, : len(masks)] = np.round(masks * 255)
+        chunk["subjects"][i] = attributes(scene)
         for c in range(CAPTIONS_PER_SCENE):
             chunk["ids"][i, c], chunk["words"][i, c] = encode_caption(caption(scene, rng))
     return chunk

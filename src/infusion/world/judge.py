@@ -18,18 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infusion.world.models import pixels_to_tensor
-from infusion.world.vocabulary import ACCESSORIES, BACKGROUNDS, CLASSES, COLORS, PATTERNS, POSITIONS, STYLES
+from infusion.world.truth import SCENE_HEADS, SUBJECT_HEADS
+from infusion.world.vocabulary import POSITIONS
 
 GRID = 16  # cells a side
 EMBEDDING = 48
-SUBJECT_HEADS: dict[str, tuple[str, ...]] = {
-    "kind": CLASSES,
-    "color1": tuple(COLORS),
-    "color2": tuple(COLORS),
-    "pattern": PATTERNS,
-    "accessory": ACCESSORIES,
-}
-SCENE_HEADS: dict[str, tuple[str, ...]] = {"background": BACKGROUNDS, "style": STYLES}
 FOUND = 0.35  # height of the heatmap above which a peak is a subject
 MAX_SUBJECTS = 3
 

@@ -11,7 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,11 @@ from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from infusion.world.judge import GRID, SCENE_HEADS, SUBJECT_HEADS, Judge, JudgeNetwork, Maps, peaks
+from infusion.world.judge import GRID, Judge, JudgeNetwork, Maps, peaks
 from infusion.world.models import build_autoencoder, pixels_to_tensor
 from infusion.world.release import read_weights
-from infusion.world.twins import CHANGES, NONE, VIEWS, Families, build_families, load_families
+from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
+from infusion.world.twins import CHANGES, VIEWS, Families, build_families, load_families
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class JudgeConfig:
     decay: float = 0.5
     embedding_weight: float = 0.5
     temperature: float = 0.1
-    corrupted: float = 0.6  # share of pictures that are autoencoded, blurred or noised
+    corrupted: float = 0.6  # share of pictures that are autoencoded, blurred or noised; half as many are warped
     ema: float = 0.999
     seed: int = 0
     save_every: int = 250
@@ -131,15 +132,18 @@ def shows_change(labels: Labels) -> Tensor:
 
 
 def corrupt(pictures: Tensor, autoencoder: AutoencoderKL | None, rng: np.random.Generator, share: float) -> Tensor:
-    """What generators do to pictures (n, 3, h, w) in [-1, 1]: a third of `share` each autoencoded, blurred and noised."""
+    """What generators do to pictures (n, 3, h, w) in [-1, 1]: half of `share` warped, and a third of `share` each autoencoded,
+    blurred and noised."""
     out = pictures.clone()
+    bent = torch.from_numpy(np.flatnonzero(rng.random(len(out)) < share / 2))
+    out[bent] = warp(out[bent], rng)
     kind = rng.choice(4, size=len(out), p=(1 - share, share / 3, share / 3, share / 3))
     coded = torch.from_numpy(np.flatnonzero(kind == 1))
     if autoencoder is not None and len(coded):
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             latents = autoencoder.encode(out[coded]).latent_dist.mean
             latents = latents + torch.randn(latents.shape) * float(rng.uniform(0, 0.3))
-            out[coded] = autoencoder.decode(latents).sample.clamp(-1, 1)
+            out[coded] = autoencoder.decode(latents).sample.float().clamp(-1, 1)
     blurred = torch.from_numpy(np.flatnonzero(kind == 2))
     amount = torch.from_numpy(rng.uniform(0.2, 1, (len(blurred), 1, 1, 1)).astype(np.float32))
     padded = F.pad(out[blurred], (1, 1, 1, 1), mode="replicate")
@@ -148,6 +152,25 @@ def corrupt(pictures: Tensor, autoencoder: AutoencoderKL | None, rng: np.random.
     sigma = torch.from_numpy(rng.uniform(0.02, 0.2, (len(noised), 1, 1, 1)).astype(np.float32))
     out[noised] = (out[noised] + sigma * torch.randn(out[noised].shape)).clamp(-1, 1)
     return out
+
+
+def warp(pictures: Tensor, rng: np.random.Generator, pixels: float = 1.2) -> Tensor:
+    """Pictures (n, 3, h, w) bent by smooth random fields of about `pixels` pixels, as outlines are that a generator wobbles."""
+    n, _, h, w = pictures.shape
+    if n == 0:
+        return pictures
+    coarse = torch.from_numpy(rng.normal(0, pixels * 2 / w, (n, 2, 6, 6)).astype(np.float32))
+    field = F.interpolate(coarse, size=(h, w), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+    straight = F.affine_grid(torch.eye(2, 3).expand(n, 2, 3), [n, 3, h, w], align_corners=False)
+    return F.grid_sample(pictures, straight + field, padding_mode="border", align_corners=False)
+
+
+def mirrored(pictures: Tensor, labels: Labels, rng: np.random.Generator) -> tuple[Tensor, Labels]:
+    """Half of the pictures (n, 3, h, w) mirrored, and their truth: left is right then, nothing else changes."""
+    turned = torch.from_numpy(rng.random(len(pictures)) < 0.5)
+    x, y = labels.centre.unbind(-1)
+    centre = torch.stack([torch.where(turned[:, None], GRID - x, x), y], -1)
+    return torch.where(turned[:, None, None, None], pictures.flip(-1), pictures), replace(labels, centre=centre)
 
 
 def train_judge(
@@ -185,10 +208,11 @@ def train_judge(
         chosen = rng.choice(len(data) // VIEWS, config.families, replace=False)
         rows = (chosen[:, None] * VIEWS + np.arange(VIEWS)).ravel()
         pictures = pixels_to_tensor(torch.from_numpy(data.pixels[rows]))
+        pictures, labels = mirrored(pictures, labels_of(data, rows), rng)
         pictures = corrupt(pictures, autoencoder, rng, config.corrupted).to(device, memory_format=torch.channels_last)
         with accelerator.autocast():
             maps = network(pictures)
-        losses = judge_losses(maps, labels_of(data, rows), config)
+        losses = judge_losses(maps, labels, config)
         accelerator.backward(torch.stack(list(losses.values())).sum())
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()

@@ -29,7 +29,13 @@ from infusion.world.dataset import Dataset, build_dataset, load_dataset, sample_
 from infusion.world.grounding import grounding_loss, recorded_maps
 from infusion.world.models import build_autoencoder, build_scheduler, build_text_encoder, build_unet
 from infusion.world.release import read_weights
-from infusion.world.segmentation import SegmentationHead, class_targets, segmentation_loss
+from infusion.world.segmentation import (
+    SegmentationHead,
+    attribute_loss,
+    attribute_targets,
+    class_targets,
+    segmentation_loss,
+)
 from infusion.world.separation import meanings, separation_loss
 from infusion.world.tokenizer import build_tokenizer
 from infusion.world.validation import Validation, measure_maps, validate, validation_scenes
@@ -51,6 +57,7 @@ class PretrainConfig:
     grounding_weight: float = 0.5
     separation_weight: float = 0.2
     segmentation_weight: float = 0.3
+    attribute_weight: float = 0.2
     subject_weight: float = 2.0  # how much more an error inside a subject's mask counts
     ema: float = 0.999
     seed: int = 0
@@ -72,6 +79,7 @@ class Progress:
     grounding: float
     separation: float
     segmentation: float
+    attribute: float
     learning_rate: float
     validation: Validation | None = None
 
@@ -100,7 +108,7 @@ def train_base(
     config: PretrainConfig,
     accelerator: Accelerator,
 ) -> Iterator[Progress]:
-    """Train both networks with v-prediction, the grounding, separation and segmentation terms; they hold the averaged weights at the end.
+    """Train both networks with v-prediction, the terms of `PretrainConfig`; they hold the averaged weights at the end.
 
     Every step yields; every `save_every` steps and at the end a checkpoint is written to `folder`,
     from which a later call with the same folder goes on.
@@ -163,7 +171,7 @@ def train_base(
             with accelerator.autocast():
                 states = text_encoder(ids).last_hidden_state
                 predicted = unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, states).sample
-                logits = head()
+                logits, attribute_logits = head()
             masks = batch.masks.to(device)
             weights = subject_weights(masks, config.subject_weight)
             denoising = (weights * (predicted.float() - target).square()).mean()
@@ -172,11 +180,13 @@ def train_base(
             records.clear()
             separation = separation_loss(states, ids, table)
             segmentation = segmentation_loss(logits, class_targets(ids, words, masks, table))
+            attribute = attribute_loss(attribute_logits, attribute_targets(batch.subjects.to(device), masks))
             accelerator.backward(
                 denoising
                 + config.grounding_weight * grounding
                 + config.separation_weight * separation
                 + config.segmentation_weight * segmentation
+                + config.attribute_weight * attribute
             )
             torch.nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
             optimizer.step()
@@ -194,7 +204,7 @@ def train_base(
                 measured = validate(text_encoder, unet, *validation)
                 ema.restore(networks.parameters())
                 records.clear()
-            losses = float(denoising), float(grounding), float(separation), float(segmentation)
+            losses = [float(loss) for loss in (denoising, grounding, separation, segmentation, attribute)]
             yield Progress(step, step * config.batch, spent, *losses, lr, measured)
         save()
     head.remove()
@@ -273,6 +283,7 @@ def main() -> None:
         "grounding_weight",
         "separation_weight",
         "segmentation_weight",
+        "attribute_weight",
         "subject_weight",
         "seed",
     ):
@@ -293,11 +304,11 @@ def main() -> None:
         unet.load_state_dict(read_weights("unet"))
         text_encoder.load_state_dict(read_weights("text_encoder"))
     validation = validation_scenes(args.folder / "validation", autoencoder, config.seed)
-    sums = np.zeros(5)
+    sums = np.zeros(6)
     for p in train_base(text_encoder, unet, latents, data, validation, args.folder, config, accelerator):
-        sums += (1, p.denoising, p.grounding, p.separation, p.segmentation)
+        sums += (1, p.denoising, p.grounding, p.separation, p.segmentation, p.attribute)
         if p.step % 100 == 0:
-            _, denoising, grounding, separation, segmentation = sums / sums[0]
+            _, denoising, grounding, separation, segmentation, attribute = sums / sums[0]
             sums[:] = 0
             _log(
                 args.folder,
@@ -309,6 +320,7 @@ def main() -> None:
                 grounding=round(grounding, 4),
                 separation=round(separation, 4),
                 segmentation=round(segmentation, 4),
+                attribute=round(attribute, 4),
                 lr=p.learning_rate,
             )
         if p.validation:

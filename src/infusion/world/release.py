@@ -110,7 +110,7 @@ nothing else.
 | autoencoder | {coder[-1]["step"]:,} steps of {start["autoencoder"]["batch"]} crops of 32x32, the last 15 % on whole scenes; {coder[-1]["psnr"]:.1f} dB PSNR on 64 of its scenes |
 | text encoder and UNet | {seen:,} pictures seen ({base[-1]["step"]:,} steps of {start["batch"]}), v-prediction, AdamW, averaged weights ({start["ema"]}), captions dropped {start["caption_dropout"]:.0%} |
 | settings | {_parts(starts, base)}; the rate falls to zero over the last {starts[-1]["decay"]:.0%} |
-| terms beside denoising | grounding: the class word's maps of 16x16 and 8x8 on the subject's mask; separation: words of one kind apart in the text encoder; segmentation: each pixel's class, read from features; subjects: how much more errors inside masks count |
+| terms beside denoising | grounding: the class word's maps of 16x16 and 8x8 on the subject's mask; separation: words of one kind apart in the text encoder; segmentation and attributes: each pixel's class, colours, pattern and accessory, read from features; subjects: how much more errors inside masks count |
 | hardware | {platform.machine()}, {torch.get_num_threads()} CPU threads, bf16 autocast, torch {torch.__version__} |
 | wall time | text encoder and UNet {seconds / 60:.0f} min, with other work beside it |
 | map gate | peak inside the mask {gate.get("peak", float("nan")):.1%}, soft IoU {gate.get("iou", float("nan")):.2f}, inside/outside {gate.get("ratio", float("nan")):.1f}, two subjects each on its own {gate.get("own", float("nan")):.1%} ({gate.get("count", 0)} subjects) |
@@ -142,6 +142,7 @@ _SETTINGS = {
     "grounding": "grounding_weight",
     "separation": "separation_weight",
     "segmentation": "segmentation_weight",
+    "attributes": "attribute_weight",
     "subjects": "subject_weight",
 }
 

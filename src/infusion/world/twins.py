@@ -14,16 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from infusion.world.judge import GRID, SCENE_HEADS, SUBJECT_HEADS
+from infusion.world.judge import GRID
 from infusion.world.scenes import SIDE, Rendered, Scene, random_scene, render
 from infusion.world.subjects import Subject, random_subject
-from infusion.world.vocabulary import COLORS
+from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS, visible
 
 VIEWS = 4  # pictures of a family: the individual twice, its twin twice
 MAX_SUBJECTS = 3
-COLORED = ("photo", "neon", "pixel art")  # styles that show colours
 CHANGES = ("color1", "color2", "pattern", "accessory", "shape")
-NONE = -1
 _CHUNK = 64
 
 
@@ -63,17 +61,6 @@ def twin_of(subject: Subject, change: str, rng: np.random.Generator) -> Subject:
         colors = {subject.color1, subject.color2}
         if value != getattr(subject, change) and not (change in ("color1", "color2") and value in colors):
             return replace(subject, **{change: value})
-
-
-def visible(subject: Subject, style: str) -> dict[str, int]:
-    """The subject's names by their place in each head; NONE for colours in styles without any, and for a pattern whose
-    two colours are one grey in sepia, where plain and striped look the same."""
-    names = {head: values.index(getattr(subject, head)) for head, values in SUBJECT_HEADS.items()}
-    if style not in COLORED:
-        names["color1"] = names["color2"] = NONE
-    if style == "sepia" and _contrast(subject) < 0.08:
-        names["pattern"] = NONE
-    return names
 
 
 def build_families(folder: Path, count: int, seed: int, workers: int | None = None) -> Iterator[int]:
@@ -143,10 +130,3 @@ def _with_first(scene: Scene, subject: Subject) -> Scene:
     first, *others = scene.subjects
     return replace(scene, subjects=(replace(first, subject=subject), *others))
 
-
-def _contrast(subject: Subject) -> float:
-    grey = [
-        sum(w * c for w, c in zip((0.299, 0.587, 0.114), COLORS[n], strict=True))
-        for n in (subject.color1, subject.color2)
-    ]
-    return abs(grey[0] - grey[1]) / 255

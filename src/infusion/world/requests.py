@@ -1,0 +1,100 @@
+"""Prompts for combinations that the base's training never saw, each with what a picture must show to follow it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from infusion.world.scenes import Placed, Scene, held_out, random_scene
+from infusion.world.truth import COLORED
+from infusion.world.vocabulary import (
+    ACCESSORY_PHRASES,
+    BACKGROUND_PHRASES,
+    CLASS_WORDS,
+    POSITION_PHRASES,
+    STYLE_PREFIXES,
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the prompt says of one subject; None where it says nothing."""
+
+    kind: str
+    color1: str | None = None
+    color2: str | None = None
+    pattern: str | None = None
+    accessory: str | None = None
+    position: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and what it asks for; `subjects` in the prompt's order."""
+
+    prompt: str
+    background: str
+    style: str
+    subjects: tuple[Wanted, ...]
+
+
+def unseen_requests(count: int, seed: int, subjects: int = 1) -> list[Request]:
+    """Requests for held-out combinations (`scenes.held_out`), with one or two `subjects` of different classes.
+
+    Of a single subject the prompt names the colours, where its style shows any, half of the time, the pattern half of
+    the time, an accessory where there is one, and the position half of the time. Of two it names one colour each.
+    """
+    rng = np.random.default_rng((seed, subjects))
+    found: list[Request] = []
+    while len(found) < count:
+        scene = random_scene(rng)
+        kinds = {p.subject.kind for p in scene.subjects}
+        if len(scene.subjects) == subjects == len(kinds) and held_out(scene):
+            found.append(_request(scene, rng))
+    return found
+
+
+def described(scene: Scene) -> Request:
+    """The request that says everything of a scene of one subject."""
+    (placed,) = scene.subjects
+    s = placed.subject
+    accessory = None if s.accessory == "none" else s.accessory
+    return _worded(scene, (Wanted(s.kind, s.color1, s.color2, s.pattern, accessory, placed.position),))
+
+
+def _request(scene: Scene, rng: np.random.Generator) -> Request:
+    colored = scene.style in COLORED
+    if len(scene.subjects) > 1:
+        return _worded(scene, tuple(Wanted(p.subject.kind, p.subject.color1 if colored else None) for p in scene.subjects))
+    (placed,) = scene.subjects
+    names_color, names_pattern, names_position = rng.random(3) < 0.5
+    return _worded(scene, (_wanted(placed, colored and names_color, names_pattern, names_position),))
+
+
+def _wanted(placed: Placed, color: bool, pattern: bool, position: bool) -> Wanted:
+    s = placed.subject
+    return Wanted(
+        s.kind,
+        color1=s.color1 if color else None,
+        color2=s.color2 if color and pattern and s.pattern != "plain" else None,
+        pattern=s.pattern if pattern else None,
+        accessory=s.accessory if s.accessory != "none" else None,
+        position=placed.position if position else None,
+    )
+
+
+def _worded(scene: Scene, subjects: tuple[Wanted, ...]) -> Request:
+    text = " and ".join(phrase(s) for s in subjects)
+    where = BACKGROUND_PHRASES[scene.background][0]
+    return Request(f"{STYLE_PREFIXES[scene.style][0]} {text} {where}", scene.background, scene.style, subjects)
+
+
+def phrase(wanted: Wanted) -> str:
+    """The words for one subject: "a spotted purple and yellow dog with a hat on the left"."""
+    colors = " and ".join(c for c in (wanted.color1, wanted.color2) if c)
+    words = [w for w in (wanted.pattern, colors, CLASS_WORDS[wanted.kind][0]) if w]
+    text = f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
+    if wanted.accessory:
+        text += f" {ACCESSORY_PHRASES[wanted.accessory][0]}"
+    return text + (f" {POSITION_PHRASES[wanted.position][0]}" if wanted.position else "")
