@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "infusion"
 # A module may import from its own line and the lines above it, never below. Within the world, from anything above
 # it in WORLD.
 ORDER = (
-    ("errors", "families", "metrics"),
+    ("errors", "families", "metrics", "console"),
     ("attention", "world.vocabulary"),
     ("world",),
     ("prompts", "packing"),
@@ -21,6 +21,7 @@ ORDER = (
     ("training", "methods", "generation", "base", "sheets", "report"),
     ("diagnosis", "demo", "adapters"),
     ("evaluation",),
+    ("bench",),
     ("cli",),
 )
 WORLD = (
@@ -45,6 +46,7 @@ WORLD = (
     "twins",
     "judge_training",
     "requests",
+    "questions",
 )
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from infusion.base import load_base
 from infusion.concept import Concept
 from infusion.errors import InfusionError
+from infusion.methods.infusion import ConceptAdapter
 from infusion.methods.interface import Adapter, rebuilt
 from infusion.methods.lora import loaded_lora
-from infusion.pipelines import attach
 from infusion.streams import execution_device, require_unet
 
 
@@ -63,24 +63,6 @@ def load_adapter(path: str | Path, word: str, subject: str | None = None) -> Ada
         f"{str(path)!r} is neither a concept nor a LoRA nor an embedding ({len(shapes)} tensors such as {next(iter(shapes), 'none')!r}); "
         "give one of these, or a pipeline folder."
     )
-
-
-@dataclass(frozen=True)
-class ConceptAdapter:
-    """An Infusion concept."""
-
-    subject: str
-    concept: Concept
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The residuals."""
-        return self.concept.residuals
-
-    @contextmanager
-    def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        """The pipeline itself with the concept attached."""
-        with attach(pipe, self.concept):
-            yield pipe
 
 
 @dataclass(frozen=True)

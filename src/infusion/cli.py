@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from infusion.bench.commands import bench
+from infusion.console import progress, say
 from infusion.errors import InfusionError
-
-if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
 
 app = typer.Typer(
     help="Teach a text-to-image diffusion model one new thing from a few photos.",
@@ -25,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-say = Console(stderr=True, highlight=False)
+app.add_typer(bench, name="bench")
 
 Base = Annotated[
     str, typer.Option("--base", help="A hub id, a diffusers folder, a .safetensors checkpoint, or 'embedded'.")
@@ -42,7 +39,7 @@ def demo(
 ) -> None:
     """Learn a subject on the embedded base and show what overfitting is, in one report."""
     say.print("Infusion demo: four pictures of Milo, one concept, new scenes. About two minutes on two CPU cores.")
-    with _progress("Loading torch and the embedded base") as told:
+    with progress("Loading torch and the embedded base") as told:
         from infusion.demo import run
 
         report = run(out, told)
@@ -69,7 +66,7 @@ def train(
     dtype: DType = "fp32",
 ) -> None:
     """Learn a concept from a folder of photos. Ctrl-C keeps what was learned so far."""
-    with _progress("Loading the base model") as told:
+    with progress("Loading the base model") as told:
         from infusion.base import load_base
         from infusion.photos import load_photos
         from infusion.training import LearnConfig, learning
@@ -127,7 +124,7 @@ def generate(
     dtype: DType = "fp32",
 ) -> None:
     """Draw pictures of prompts in which concepts are called by <name> or <name:0.7>."""
-    with _progress("Loading the base model") as told:
+    with progress("Loading the base model") as told:
         from infusion.base import load_base
         from infusion.concept import Concept
         from infusion.generation import generate as draw
@@ -183,7 +180,7 @@ def evaluate(
     dtype: DType = "fp32",
 ) -> None:
     """Measure overfitting: what a customization forgets, repeats, and whether it still varies."""
-    with _progress("Loading the base model") as told:
+    with progress("Loading the base model") as told:
         from infusion.adapters import load_adapter
         from infusion.base import load_base
         from infusion.evaluation import EvaluateConfig, write_report
@@ -242,62 +239,6 @@ def main() -> None:
             raise
         show()
         sys.exit(getattr(error, "exit_code", 2))
-
-
-@contextlib.contextmanager
-def _progress(first: str) -> Iterator[Any]:
-    """A progress line at once; yields told(label, done, of, note), which starts a new bar for a new label."""
-    import warnings
-
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    from infusion.errors import InfusionWarning
-
-    warnings.filterwarnings("ignore")
-    warnings.simplefilter("default", InfusionWarning)
-    warnings.showwarning = lambda message, *_: say.print(f"[yellow]Warning:[/yellow] {message}", soft_wrap=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=say, transient=False) as bar:
-        tasks = {first: bar.add_task(first, total=1, note="")}
-        if not say.is_terminal:
-            say.print(f"{first} ...")
-
-        def told(label: str, done: int, of: int, note: str = "") -> None:
-            if label not in tasks:
-                _finish(bar, tasks)
-                tasks[label] = bar.add_task(label, total=max(of, 1), note=note)
-                if not say.is_terminal:
-                    say.print(f"{label} ...")
-            bar.update(tasks[label], completed=done, note=note)
-
-        _quiet_libraries()
-        yield told
-        _finish(bar, tasks)
-
-
-def _finish(bar: RichProgress, tasks: dict[str, Any]) -> None:
-    """Complete the bars that count nothing."""
-    for task in bar.tasks:
-        if task.id in tasks.values() and task.total == 1:
-            bar.update(task.id, completed=1)
-
-
-def _quiet_libraries() -> None:
-    import logging
-    import os
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 def _writable(path: Path) -> None:

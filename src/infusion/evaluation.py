@@ -155,8 +155,8 @@ def evaluate(
         zip((*others, generic), encode_pictures(pipe, [p.image for p in other]).split(config.other_seeds), strict=True)
     )
     told("Measuring", 0, 1)
-    forgetting = _forgetting(pipe, adapter, [{o: latents[o] for o in others}, {generic: latents[generic]}], config.seed)
-    figures, nearest_photos = _figures(pipe, lesson, base, ours, forgetting, config)
+    forgotten = forgetting(pipe, adapter, [{o: latents[o] for o in others}, {generic: latents[generic]}], config.seed)
+    figures, nearest_photos = _figures(pipe, lesson, base, ours, forgotten, config)
     return Evaluation(adapter.subject, figures, verdict(figures), base, ours, nearest_photos, lesson, config)
 
 
@@ -240,7 +240,7 @@ def write_report(evaluation: Evaluation, folder: Path, base: str, adapter: str) 
     return path
 
 
-def _forgetting(
+def forgetting(
     pipe: DiffusionPipeline, adapter: Adapter, groups: Sequence[Mapping[str, Tensor]], seed: int
 ) -> list[FisherDivergence]:
     """One divergence for each group of prompts. The base's predictions are kept first, since an adapter may change the
@@ -267,7 +267,7 @@ def _forgetting(
 
 
 def _figures(
-    pipe: DiffusionPipeline, lesson: Lesson, base: list[Picture], custom: list[Picture], forgetting: list[FisherDivergence],
+    pipe: DiffusionPipeline, lesson: Lesson, base: list[Picture], custom: list[Picture], forgotten: list[FisherDivergence],
     config: EvaluateConfig,
 ) -> tuple[Figures, list[int]]:  # fmt: skip
     latents = [_encoded(pipe, [p.image for p in pictures]) for pictures in (base, custom)]
@@ -285,8 +285,8 @@ def _figures(
     groups = [x.flatten(1).unflatten(0, (-1, config.seeds)) for x in (c, b)]
     varies = [spread(group) for group in groups]
     figures = Figures(
-        forgetting=forgetting[0],
-        generic=forgetting[1],
+        forgetting=forgotten[0],
+        generic=forgotten[1],
         w2=gaussian_w2(Moments.of(small[0]), Moments.of(small[1])),
         w2_exact=empirical_w2(small[0], small[1]),
         background=background,

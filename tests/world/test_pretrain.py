@@ -60,7 +60,10 @@ def test_standardized_latents_decode_to_the_same_picture(data):
 def test_the_base_trains_resumes_and_keeps_its_processors(data, tmp_path):
     latents = torch.randn(64, 6, 16, 16, generator=torch.Generator().manual_seed(0)).half()
     config = PretrainConfig(scenes=64, minutes=60, batch=4, warmup=1, save_every=2, validate_every=3)
-    validation = latents[:16], Dataset(*(a[:16] for a in (data.pixels, data.masks, data.subjects, data.ids, data.words)))
+    validation = (
+        latents[:16],
+        Dataset(*(a[:16] for a in (data.pixels, data.masks, data.subjects, data.ids, data.words))),
+    )
     accelerator = Accelerator(cpu=True)
 
     def parts():

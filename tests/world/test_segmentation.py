@@ -55,7 +55,9 @@ def test_the_loss_counts_named_pixels_only():
 
 
 def test_attributes_are_those_of_the_subject_at_the_pixel():
-    subjects = torch.tensor([[[3, 1, 2, 0, 3], [5, 4, 6, 2, 1], [NONE] * 5], [[0, NONE, NONE, 3, 0], *[[NONE] * 5] * 2]])
+    subjects = torch.tensor(
+        [[[3, 1, 2, 0, 3], [5, 4, 6, 2, 1], [NONE] * 5], [[0, NONE, NONE, 3, 0], *[[NONE] * 5] * 2]]
+    )
     masks = torch.zeros(2, 3, 4, 4)
     masks[0, 0, :, :2], masks[0, 1, :, 3], masks[1, 0, 0], masks[1, 0, 1] = 1, 0.8, 1, 0.4
     targets = attribute_targets(subjects, masks)

@@ -1,21 +1,24 @@
-"""The methods that Infusion is compared with, one file each, behind the interface of `interface.py`.
+"""Infusion and the methods that it is compared with, one file each, behind the interface of `interface.py`.
 
-METHODS names them: each takes (pipe, lesson) and its own configuration; those that preserve a prior also `prior`, Perfusion a
-`corpus` of captions.
+METHODS names them, each with its configuration's class: a method takes (pipe, lesson, config); those that preserve a prior
+also `prior`, Perfusion a `corpus` of captions.
 """
 
 from __future__ import annotations
 
-from infusion.methods.custom_diffusion import custom_diffusion
-from infusion.methods.dreambooth import dreambooth
-from infusion.methods.lora import dreambooth_lora
-from infusion.methods.perfusion import perfusion
-from infusion.methods.textual_inversion import textual_inversion
+from infusion.methods.custom_diffusion import CustomDiffusionConfig, custom_diffusion
+from infusion.methods.dreambooth import DreamBoothConfig, dreambooth
+from infusion.methods.infusion import infusion
+from infusion.methods.lora import LoraConfig, dreambooth_lora
+from infusion.methods.perfusion import PerfusionConfig, perfusion
+from infusion.methods.textual_inversion import TextualInversionConfig, textual_inversion
+from infusion.training import LearnConfig
 
 METHODS = {
-    "textual-inversion": textual_inversion,
-    "dreambooth": dreambooth,
-    "dreambooth-lora": dreambooth_lora,
-    "custom-diffusion": custom_diffusion,
-    "perfusion": perfusion,
+    "infusion": (infusion, LearnConfig),
+    "textual-inversion": (textual_inversion, TextualInversionConfig),
+    "dreambooth": (dreambooth, DreamBoothConfig),
+    "dreambooth-lora": (dreambooth_lora, LoraConfig),
+    "custom-diffusion": (custom_diffusion, CustomDiffusionConfig),
+    "perfusion": (perfusion, PerfusionConfig),
 }

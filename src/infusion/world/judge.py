@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from infusion.world.vocabulary import POSITIONS
 
 GRID = 16  # cells a side
 EMBEDDING = 48
+SHIPPED = Path(__file__).parent / "weights" / "judge" / "judge.safetensors"
 FOUND = 0.35  # height of the heatmap above which a peak is a subject
 MAX_SUBJECTS = 3
 
@@ -167,6 +169,12 @@ class Judge:
     def _name(self, head: str, names: Sequence[str], logits: Tensor) -> str | None:
         probability, index = logits.float().softmax(0).max(0)
         return names[int(index)] if float(probability) >= self.thresholds.get(head, 0.0) else None
+
+
+@cache
+def load_judge() -> Judge:
+    """The shipped judge. Raises FileNotFoundError where its weights are missing."""
+    return Judge.load(SHIPPED)
 
 
 def peaks(heat: Tensor) -> list[tuple[int, int, float]]:

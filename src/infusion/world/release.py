@@ -44,9 +44,14 @@ def write_weights(networks: dict[str, nn.Module], folder: Path) -> dict[str, Any
     return index
 
 
+def read_index(folder: Path = WEIGHTS) -> dict[str, Any]:
+    """The shipped weights' index: `files` by part and `sha256`. Raises FileNotFoundError where none are shipped."""
+    return json.loads((folder / "index.json").read_text())
+
+
 def read_weights(part: str, folder: Path = WEIGHTS) -> dict[str, Tensor]:
     """A network's shipped weights as float32. Raises FileNotFoundError where none are shipped."""
-    index = json.loads((folder / "index.json").read_text())
+    index = read_index(folder)
     return {k: v.float() for name in index["files"][part] for k, v in load_file(folder / name).items()}
 
 

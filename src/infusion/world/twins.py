@@ -129,4 +129,3 @@ def _draw(seed: int, start: int, count: int) -> dict[str, np.ndarray]:
 def _with_first(scene: Scene, subject: Subject) -> Scene:
     first, *others = scene.subjects
     return replace(scene, subjects=(replace(first, subject=subject), *others))
-

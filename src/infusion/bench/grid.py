@@ -1,0 +1,154 @@
+"""What the benchmark runs: a grid of methods, subjects, modalities and seeds, from a small file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from infusion.errors import InfusionError
+from infusion.methods import METHODS
+
+DEFAULTS = Path(__file__).parent / "defaults.toml"
+REFERENCES = ("class-word", "described")  # the base itself, nothing learned
+_OURS = ("method", "prior")  # keys of a method's table that are not its configuration's
+
+
+class Modality(BaseModel):
+    """What all photos of a subject have in common; without a background it is the subject's own, by its number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    background: str | None = None
+    style: str = "photo"
+    position: Literal["left", "center", "right"] = "center"
+
+    @property
+    def label(self) -> str:
+        """A name for files: "photo-center", "beach-sketch-left"."""
+        return "-".join(v.replace(" ", "_") for v in (self.background, self.style, self.position) if v)
+
+
+class Grid(BaseModel):
+    """The benchmark's settings; `defaults.toml` explains each. methods: label -> settings of the method's configuration, with
+    `method` where the label is not the method's name, and `prior`, the number of pictures of the class that it preserves."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    split: Literal["dev", "test"]
+    subjects_seed: int
+    subjects: int = Field(ge=1)
+    seeds: tuple[int, ...] = Field(min_length=1)
+    points: tuple[int, ...] = Field(min_length=1)
+    batch: int = Field(ge=1)
+    pictures: int = Field(ge=1)
+    denoising_steps: int = Field(ge=1)
+    modalities: tuple[Modality, ...] = Field(min_length=1)
+    methods: dict[str, dict[str, Any]] = Field(min_length=1)
+
+    @field_validator("points")
+    @classmethod
+    def _rising(cls, points: tuple[int, ...]) -> tuple[int, ...]:
+        if list(points) != sorted(set(points)) or points[0] < 1:
+            raise ValueError("must rise from at least 1")
+        return points
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for label, settings in methods.items():
+            name = settings.get("method", label)
+            if name in REFERENCES:
+                continue
+            if name not in METHODS:
+                raise ValueError(f"{name!r} is no method; use one of {', '.join((*REFERENCES, *METHODS))}")
+            known = {f.name for f in fields(METHODS[name][1])} - {"steps", "batch", "seed"}
+            if bad := settings.keys() - known - {*_OURS}:
+                raise ValueError(f"{label} has no setting {sorted(bad)[0]!r}; use one of {', '.join(sorted(known))}")
+        return methods
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method on one subject: everything that decides its result, nothing about when or where it runs."""
+
+    label: str
+    method: str
+    settings: dict[str, Any]
+    prior: int
+    split: str
+    subjects_seed: int
+    subject: int
+    modality: dict[str, Any]
+    seed: int
+    points: tuple[int, ...]
+    batch: int
+    pictures: int
+    denoising_steps: int
+
+    @property
+    def name(self) -> str:
+        """Its file's name without the ending; two jobs of different settings differ in it."""
+        text = json.dumps([self.settings, self.prior, self.points, self.batch, self.pictures, self.denoising_steps])
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        place = Modality(**self.modality).label
+        return f"{self.label}-{self.split}{self.subjects_seed}-{self.subject:03d}-{place}-{self.seed}-{digest}"
+
+
+def load_grid(path: Path | None = None, overrides: dict[str, Any] | None = None) -> Grid:
+    """The defaults, then the file's keys, then `overrides` ("methods.infusion.learning_rate": 0.03).
+
+    A file's [methods] replace the default's as a whole. Raises InfusionError for what cannot be read or is not known.
+    """
+    settings = tomllib.loads(DEFAULTS.read_text())
+    try:
+        if path is not None:
+            settings |= tomllib.loads(path.read_text())
+        for key, value in (overrides or {}).items():
+            *parents, last = key.split(".")
+            place = settings
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[last] = value
+        return Grid(**settings)
+    except OSError as error:
+        raise InfusionError(f"{str(path)!r} cannot be read ({error.strerror}); give a TOML file.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InfusionError(f"{str(path)!r} is not TOML ({error}); see bench/defaults.toml.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InfusionError(
+            f"The benchmark's setting {where!r} is {first['input']!r}: {first['msg']}. bench/defaults.toml shows all of them."
+        ) from None
+
+
+def jobs(grid: Grid, only: tuple[str, ...] = ()) -> list[Job]:
+    """All jobs of the grid, subject by subject, so that an interrupted run holds whole subjects. only: labels of methods."""
+    if unknown := set(only) - grid.methods.keys():
+        raise InfusionError(f"The grid has no method {sorted(unknown)[0]!r}; it has {', '.join(grid.methods)}.")
+    chosen = {label: s for label, s in grid.methods.items() if not only or label in only}
+    return [
+        Job(
+            label,
+            settings.get("method", label),
+            {k: v for k, v in settings.items() if k not in _OURS},
+            settings.get("prior", 0),
+            grid.split,
+            grid.subjects_seed,
+            subject,
+            modality.model_dump(),
+            seed,
+            grid.points,
+            grid.batch,
+            grid.pictures,
+            grid.denoising_steps,
+        )
+        for subject in range(grid.subjects)
+        for modality in grid.modalities
+        for seed in grid.seeds
+        for label, settings in chosen.items()
+    ]

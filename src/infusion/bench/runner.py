@@ -1,0 +1,138 @@
+"""Run a grid's jobs in a bounded pool of processes or on Ray; every finished job is one file that is never changed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from infusion.bench.grid import Job
+from infusion.errors import InfusionError
+
+ENGINES = ("processes", "ray")
+RunOne = Callable[[Job, int], dict[str, Any]]
+
+
+def pending(todo: Sequence[Job], folder: Path) -> list[Job]:
+    """The jobs that have no record in `folder` yet."""
+    return [job for job in todo if not record_path(folder, job).exists()]
+
+
+def record_path(folder: Path, job: Job) -> Path:
+    """Where a job's record lies."""
+    return folder / f"{job.name}.json"
+
+
+def run_jobs(
+    todo: Sequence[Job], folder: Path, workers: int, engine: str = "processes", command: str = "",
+    one: RunOne | None = None,
+) -> Iterator[tuple[Job, Path | Exception]]:  # fmt: skip
+    """Run what is pending, yielding each job with its record's path, or the error that ended it; other jobs go on.
+
+    An interrupted run goes on where it was: what is finished is not run again. Raises InfusionError for an engine
+    that is not there or a folder that cannot be written.
+    """
+    if workers < 1:
+        raise InfusionError(f"workers is {workers}; it must be at least 1.")
+    if engine not in ENGINES:
+        raise InfusionError(f"{engine!r} is no engine; use one of {', '.join(ENGINES)}.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InfusionError(f"{str(folder)!r} cannot be made ({error.strerror}); choose another folder.") from None
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    runs = _on_ray if engine == "ray" else _in_processes
+    for job, result in runs(pending(todo, folder), workers, threads, one or _run_job):
+        if not isinstance(result, Exception):
+            result = write_record(record_path(folder, job), {**result, "command": command, "engine": engine})
+        yield job, result
+
+
+def write_record(path: Path, record: dict[str, Any]) -> Path:
+    """Write a record once: to a temporary file, synced, then linked to its name, which must be free."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    stamped = {**record, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    with temporary.open("w") as file:
+        json.dump(stamped, file, separators=(",", ":"), allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise InfusionError(
+            f"{str(path)!r} exists; records are never changed. Move it away to run the job again."
+        ) from None
+    finally:
+        temporary.unlink()
+    return path
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """All records of a folder, by name. Raises InfusionError where there are none or one is damaged."""
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise InfusionError(f"{str(folder)!r} holds no records; run `infusion bench run --out {folder}` first.")
+    records = []
+    for path in paths:
+        try:
+            records.append(json.loads(path.read_text()))
+        except json.JSONDecodeError as error:
+            raise InfusionError(f"{str(path)!r} is damaged ({error}); move it away and run its job again.") from None
+    return records
+
+
+def _run_job(job: Job, threads: int) -> dict[str, Any]:
+    from infusion.bench.trial import run_job
+
+    return run_job(job, threads)
+
+
+def _in_processes(
+    todo: Sequence[Job], workers: int, threads: int, one: RunOne
+) -> Iterator[tuple[Job, dict[str, Any] | Exception]]:
+    # Spawned, not forked: a forked child inherits torch's thread pools in an unknown state.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_limit_threads, initargs=(threads,)) as pool:
+        running = {pool.submit(one, job, threads): job for job in todo}
+        try:
+            for done in as_completed(running):
+                error = done.exception()
+                yield running[done], error if isinstance(error, Exception) else done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _limit_threads(threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def _on_ray(
+    todo: Sequence[Job], workers: int, threads: int, one: RunOne
+) -> Iterator[tuple[Job, dict[str, Any] | Exception]]:
+    if find_spec("ray") is None:
+        raise InfusionError("The engine 'ray' needs ray; pip install ray, or use --engine processes.")
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(num_cpus=workers, include_dashboard=False, logging_level="ERROR")
+    try:
+        remote = ray.remote(num_cpus=1, max_retries=0)(one)
+        running = {remote.remote(job, threads): job for job in todo}
+        while running:
+            (done, *_), _ = ray.wait(list(running), num_returns=1)
+            job = running.pop(done)
+            try:
+                yield job, ray.get(done)
+            except ray.exceptions.RayError as error:
+                yield job, error
+    finally:
+        if started:
+            ray.shutdown()

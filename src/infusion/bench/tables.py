@@ -1,0 +1,217 @@
+"""docs/benchmark.md from records: tables, trade-off curves, pictures. Nothing is typed in by hand."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from infusion.bench.figures import Record, curves, pooled
+from infusion.errors import InfusionError
+from infusion.metrics.estimate import Estimate
+from infusion.sheets import contact_sheet
+
+TEXT_COLUMNS = (
+    ("fidelity", "subject fidelity", "%"),
+    ("likeness", "likeness", ""),
+    ("kind", "class", "%"),
+    ("text", "text followed", "%"),
+    ("text_beside_base", "beside the base", "pp"),
+    ("leak_background", "background leak", "pp"),
+    ("leak_style", "style leak", "pp"),
+    ("leak_position", "position leak", "pp"),
+    ("forgetting", "LFD, other prompts", "e"),
+    ("forgetting_class_word", "LFD, class word", "e"),
+    ("prior_likeness_above", "PRES above base", ""),
+    ("nearer_than_base", "nearer to a photo", ""),
+    ("w2", "W2² to base", ""),
+)
+PARTS = (("color1", "first colour"), ("color2", "second colour"), ("pattern", "pattern"), ("accessory", "accessory"))
+PLOTS = (
+    ("leak_background", "background leak above the base's"),
+    ("forgetting", "latent Fisher divergence, other prompts"),
+    ("text", "text followed"),
+)
+
+
+def write_benchmark(records: Sequence[Record], docs: Path) -> Path:
+    """benchmark.md with its pictures in `docs`; returns the page's path."""
+    docs.mkdir(parents=True, exist_ok=True)
+    found = curves(records)
+    _refuse_mixtures(records)
+    plot(found, docs / "benchmark.png")
+    pictures = sheets(records, docs)
+    path = docs / "benchmark.md"
+    path.write_text(page(records, found, pictures))
+    return path
+
+
+def page(records: Sequence[Record], found: dict, pictures: Sequence[tuple[str, str]]) -> str:
+    """The page in Markdown."""
+    job = records[0]["job"]
+    subjects = {(r["job"]["subjects_seed"], r["job"]["subject"]) for r in records}
+    hours = sum(r["seconds"] for r in records) / 3600
+    lines = [
+        "# The benchmark",
+        "",
+        f"{len(records)} jobs on {len(subjects)} subjects of the world's {job['split']} split, base `{records[0]['base'][:12]}`; {hours:.1f} hours of one worker in all. "
+        "Every subject is learned from four photos that show it in one background, style and position; every prompt asks for another background, most for another style or position. "
+        "What a picture shows is read by the judge (`docs/world.md`). Same hands made world, judge, base and methods: the figures hold for this world.",
+        "",
+        "Built by `infusion bench report`; run by `infusion bench run`. Intervals hold 95 % of means over resampled subjects; n is the number of jobs.",
+        "",
+        "## At the last point",
+        "",
+        *_table(found, TEXT_COLUMNS),
+        "",
+        "Subject fidelity: mean share of right first colour, second colour, pattern and accessory; what the judge cannot tell is wrong. Likeness: cosine of the judge's embedding to the photos' subject. "
+        "Leak: how often the photos' background, style or position comes back where another was asked for, above the base's rate on the same prompts and seeds. LFD: latent Fisher divergence, eps form. "
+        "PRES: likeness of pictures of the plain class word to the subject. Nearer to a photo: how much smaller the pixel distance to the nearest photo is than the base's. "
+        "class-word and described learn nothing: the floor and what words alone can do.",
+        "",
+        "## The subject, attribute by attribute",
+        "",
+        *_table(found, tuple((name, label, "%") for name, label in PARTS)),
+        "",
+        "## Cost",
+        "",
+        *_costs(records, found),
+        "",
+        "## As learning goes on",
+        "",
+        "![trade-offs](benchmark.png)",
+        "",
+        "One curve a method, one dot a number of samples seen.",
+        "",
+        *_samples(found),
+        "",
+    ]
+    for label, name in pictures:
+        lines += [f"## Pictures: {label}", "", f"![{label}]({name})", ""]
+    return "\n".join(lines)
+
+
+def _table(found: dict, columns: Sequence[tuple[str, str, str]]) -> list[str]:
+    rows = [f"| method | {' | '.join(label for _, label, _ in columns)} | n |", "|---" * (len(columns) + 2) + "|"]
+    for label, by_samples in found.items():
+        last = by_samples[max(by_samples)]
+        cells = [_cell(pooled(last, name), unit) for name, _, unit in columns]
+        rows.append(f"| {label} | {' | '.join(cells)} | {len(last)} |")
+    return rows
+
+
+def _cell(e: Estimate | None, unit: str) -> str:
+    if e is None:
+        return ""
+    if unit in ("%", "pp"):
+        sign = "+" if unit == "pp" else ""
+        return (
+            f"{100 * e.value:{sign}.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]"
+            if e.n > 1
+            else f"{100 * e.value:{sign}.1f}"
+        )
+    shape = ".2g" if unit == "e" else ".3g"
+    return f"{e.value:{shape}} [{e.low:{shape}}, {e.high:{shape}}]" if e.n > 1 else f"{e.value:{shape}}"
+
+
+def _costs(records: Sequence[Record], found: dict) -> list[str]:
+    threads = sorted({r["threads"] for r in records})
+    rows = [
+        f"| method | samples | seconds to learn, {'/'.join(map(str, threads))} thread(s) | bytes in fp16 | settings |",
+        "|---|---|---|---|---|",
+    ]
+    settings = {
+        r["job"]["label"]: r["job"]["settings"] | ({"prior": r["job"]["prior"]} if r["job"]["prior"] else {})
+        for r in records
+    }
+    for label, by_samples in found.items():
+        samples = max(by_samples)
+        seconds, size = pooled(by_samples[samples], "seconds"), pooled(by_samples[samples], "bytes")
+        assert seconds is not None
+        assert size is not None
+        if samples:
+            told = ", ".join(f"{k} {v}" for k, v in settings[label].items()) or "defaults"
+            rows.append(f"| {label} | {samples:,} | {seconds.value:.0f} | {size.value:,.0f} | {told} |")
+    return rows
+
+
+def _samples(found: dict) -> list[str]:
+    """Fidelity by samples seen, and where 95 % of the last is reached first."""
+    points = sorted({s for by in found.values() for s in by if s})
+    rows = [
+        f"| subject fidelity after | {' | '.join(f'{p:,} samples' for p in points)} | 95 % of the last at |",
+        "|---" * (len(points) + 2) + "|",
+    ]
+    for label, by_samples in found.items():
+        values = {s: e.value for s, rows_ in by_samples.items() if s and (e := pooled(rows_, "fidelity"))}
+        if values:
+            reached = next(s for s in sorted(values) if values[s] >= 0.95 * values[max(values)])
+            cells = [f"{100 * values[p]:.1f} %" if p in values else "" for p in points]
+            rows.append(f"| {label} | {' | '.join(cells)} | {reached:,} |")
+    return rows
+
+
+def plot(found: dict, path: Path) -> None:
+    """Fidelity against leak, divergence and text, one curve a method."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InfusionError("The benchmark's plots need matplotlib; pip install matplotlib.") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(PLOTS), figsize=(5 * len(PLOTS), 4.4), constrained_layout=True)
+    colors = plt.get_cmap("tab10")
+    for axis, (name, label) in zip(axes, PLOTS, strict=True):
+        for i, (method, by_samples) in enumerate(found.items()):
+            points = [(pooled(by_samples[s], name), pooled(by_samples[s], "fidelity")) for s in sorted(by_samples)]
+            xy = [(x.value, y.value) for x, y in points if x and y]
+            if xy:
+                axis.plot(*zip(*xy, strict=True), "o-", ms=4, lw=1.3, color=colors(i), label=method)
+        axis.set(xlabel=label, ylabel="subject fidelity")
+        axis.grid(alpha=0.3)
+        if name == "forgetting":
+            axis.set_xscale("symlog", linthresh=1e-4)
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def sheets(records: Sequence[Record], docs: Path) -> list[tuple[str, str]]:
+    """One contact sheet for each subject with kept strips: (what it shows, file name)."""
+    made = []
+    for number in sorted({r["job"]["subject"] for r in records if r["points"][-1].get("strip")}):
+        rows = [r for r in records if r["job"]["subject"] == number and r["points"][-1].get("strip")]
+        pictures = [_cut(r["points"][-1]["strip"]) for r in rows]
+        prompts = [q["prompt"].format("...") for q in rows[0]["requests"]]
+        name = f"benchmark-{number:03d}.png"
+        contact_sheet(pictures, [r["job"]["label"] for r in rows], prompts, cell=96).save(docs / name)
+        s, t = rows[0]["subject"], rows[0]["trained"]
+        accessory = "" if s["accessory"] == "none" else f" with a {s['accessory']}"
+        made.append(
+            (
+                f"a {s['pattern']} {s['color1']} and {s['color2']} {s['kind']}{accessory}, photographed: {t['background']}, {t['position']}",
+                name,
+            )
+        )
+    return made
+
+
+def _cut(strip: str) -> list[Image.Image]:
+    sheet = Image.open(io.BytesIO(base64.b64decode(strip)))
+    side = sheet.height
+    return [sheet.crop((x, 0, x + side, side)) for x in range(0, sheet.width, side)]
+
+
+def _refuse_mixtures(records: Sequence[Record]) -> None:
+    """Records of different bases or splits have nothing to say of each other."""
+    for what, of in (("base", lambda r: r["base"]), ("split", lambda r: r["job"]["split"])):
+        values: set[Any] = {of(r) for r in records}
+        if len(values) > 1:
+            raise InfusionError(
+                f"The records are of more than one {what} ({', '.join(sorted(map(str, values)))}); keep each in a folder of its own."
+            )

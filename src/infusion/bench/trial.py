@@ -1,0 +1,219 @@
+"""Run one job: learn the subject, draw its prompts at every point, let the judge read, measure what was forgotten."""
+
+from __future__ import annotations
+
+import base64
+import io
+import platform
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from infusion.base import load_base
+from infusion.bench.grid import Job
+from infusion.bench.subjects import Case, case, requests
+from infusion.evaluation import forgetting
+from infusion.generation import generate
+from infusion.lesson import Lesson, encode_pictures, prepare_lesson
+from infusion.methods import METHODS
+from infusion.methods.dreambooth import prior_lesson
+from infusion.methods.interface import Adapter, MethodState, stored_bytes
+from infusion.metrics.wasserstein import empirical_w2, principal
+from infusion.world.captions import caption
+from infusion.world.judge import Judge, Reading, load_judge
+from infusion.world.questions import shown
+from infusion.world.release import read_index
+from infusion.world.requests import Request
+from infusion.world.scenes import Placed, Scene, random_scene, render
+from infusion.world.subjects import random_subject
+from infusion.world.vocabulary import BACKGROUND_PHRASES, BACKGROUNDS
+
+PICTURES_SEED = 5_000
+STRIPS = 2  # subjects whose pictures are kept in the record, one of each prompt
+OTHERS = ("cat", "car", "house", "bird", "mug")  # prompts that name neither the subject nor its class
+
+
+@dataclass(frozen=True)
+class Words:
+    """Nothing learned: the base under a description."""
+
+    subject: str
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """None."""
+        return {}
+
+    @contextmanager
+    def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
+        """The pipeline itself."""
+        yield pipe
+
+
+def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
+    """The job's record: its settings, versions, and for each point what every picture shows and what was measured."""
+    torch.set_num_threads(threads)
+    start = time.monotonic()
+    pipe, judge = _base(), load_judge()
+    chosen = case(job.split, job.subjects_seed, job.subject, **job.modality)
+    lesson = prepare_lesson(pipe, chosen.photos(), chosen.subject.kind, "subject")
+    asked = requests(chosen, job.split)
+    points, learning, last = [], 0.0, time.monotonic()
+    for state in states(job, pipe, lesson, chosen):
+        learning += time.monotonic() - last
+        if state.step in job.points or state.steps == 0:
+            points.append(
+                {
+                    "step": state.step,
+                    "samples": state.step * job.batch,
+                    "seconds": round(learning, 2),
+                    "loss": state.loss,
+                    "bytes": stored_bytes(state.adapter),
+                    **measure(pipe, judge, state.adapter, job, lesson, asked, state.step),
+                }
+            )
+        last = time.monotonic()
+    return {
+        "job": asdict(job),
+        "subject": asdict(chosen.subject),
+        "trained": {"background": chosen.background, "style": chosen.style, "position": chosen.position},
+        "requests": [asdict(r) for r in asked],
+        "points": points,
+        "seconds": round(time.monotonic() - start, 1),
+        "threads": threads,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
+        "base": read_index()["sha256"],
+    }
+
+
+def states(job: Job, pipe: DiffusionPipeline, lesson: Lesson, chosen: Case) -> Iterator[MethodState]:
+    """The method's states; a single one without steps where nothing is learned."""
+    if job.method == "class-word":
+        yield MethodState(0, 0, 0.0, Words(f"a {lesson.word}"))
+    elif job.method == "described":
+        yield MethodState(0, 0, 0.0, Words(chosen.described()))
+    else:
+        learn, config = METHODS[job.method]
+        settings = config(**job.settings, steps=job.points[-1], batch=job.batch, seed=job.seed)
+        extra: dict[str, Any] = {}
+        if job.prior:
+            extra["prior"] = prior_lesson(pipe, lesson, job.prior, job.denoising_steps)
+        if job.method == "perfusion":
+            extra["corpus"] = _corpus()
+        yield from learn(pipe, lesson, settings, **extra)
+
+
+def measure(
+    pipe: DiffusionPipeline, judge: Judge, adapter: Adapter, job: Job, lesson: Lesson, asked: list[Request], step: int
+) -> dict[str, Any]:
+    """Readings of every picture with how far it is from the photos, and the divergences of the adapter as it is now."""
+    texts = [r.prompt.format(adapter.subject) for r in asked for _ in range(job.pictures)]
+    seeds = [PICTURES_SEED + i for i in range(len(texts))]
+    word, truth = lesson.word, photo_embedding(judge, lesson.pictures)
+    plain = [f"a photo of a {word} {_where(b)}" for b in BACKGROUNDS]
+    with adapter.attached(pipe) as custom:
+        drawn = _drawn(custom, texts, seeds, job.denoising_steps)
+        of_class = _drawn(custom, plain, [PICTURES_SEED + i for i in range(len(plain))], job.denoising_steps)
+    base = _base_pictures(tuple(r.prompt.format(f"a {word}") for r in asked), job.pictures, job.denoising_steps)
+    photos = torch.stack([_pixels(p) for p in lesson.pictures])
+    readings = [
+        shown(reading) | {"like_subject": likeness(reading, truth), "to_nearest_photo": to_nearest(picture, photos)}
+        for reading, picture in zip(judge.read(_stack(drawn)), drawn, strict=True)
+    ]
+    other, generic = forgetting(pipe, adapter, _groups(word), job.seed)
+    latents = [encode_pictures(pipe, part).double().flatten(1) for part in (drawn, base)]
+    return {
+        "strip": strip(drawn[:: job.pictures]) if job.subject < STRIPS and step in (0, job.points[-1]) else None,
+        "readings": readings,
+        "prior_likeness": [likeness(reading, truth) for reading in judge.read(_stack(of_class))],
+        "forgetting": other.eps.value,
+        "forgetting_score": other.score.value,
+        "forgetting_class_word": generic.eps.value,
+        "w2": empirical_w2(*principal(*latents, dimensions=16)),
+    }
+
+
+def strip(pictures: Sequence[Image.Image]) -> str:
+    """The pictures side by side as a JPEG in base64."""
+    side = pictures[0].width
+    sheet = Image.new("RGB", (side * len(pictures), side))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (side * i, 0))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "JPEG", quality=92)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def photo_embedding(judge: Judge, photos: Sequence[Image.Image]) -> Tensor:
+    """The judge's mean embedding of the subject over its photos, of unit length."""
+    found = [r.subjects[0].embedding for r in judge.read(_stack(photos)) if r.subjects]
+    return torch.nn.functional.normalize(torch.stack(found).mean(0), dim=0)
+
+
+def likeness(reading: Reading, truth: Tensor) -> float:
+    """Cosine of the surest subject to the photos' subject; 0 where none is found."""
+    return round(float(reading.subjects[0].embedding @ truth), 4) if reading.subjects else 0.0
+
+
+def to_nearest(picture: Image.Image, photos: Tensor) -> float:
+    """Root mean square distance of pixels, in [0, 1], to the nearest photo or its mirror image; photos (n, h, w, 3)."""
+    both = torch.cat([photos, photos.flip(2)])
+    return round(float((_pixels(picture) - both).square().flatten(1).mean(1).sqrt().min()), 4)
+
+
+@cache
+def _base() -> DiffusionPipeline:
+    return load_base(device="cpu")
+
+
+@cache
+def _base_pictures(prompts: tuple[str, ...], pictures: int, steps: int) -> list[Image.Image]:
+    texts = [p for p in prompts for _ in range(pictures)]
+    return _drawn(_base(), texts, [PICTURES_SEED + i for i in range(len(texts))], steps)
+
+
+@cache
+def _corpus(count: int = 2000) -> tuple[str, ...]:
+    rng = np.random.default_rng(4)
+    return tuple(caption(random_scene(rng), rng).text for _ in range(count))
+
+
+@cache
+def _groups(word: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Latents of true scenes by prompt: of other classes, and of the class itself."""
+    rng = np.random.default_rng(9)
+
+    def scenes(kind: str, background: str) -> Tensor:
+        placed = [Placed(random_subject(rng, kind), 0.5) for _ in range(4)]
+        drawn = [render(Scene((p,), background, seed=int(rng.integers(2**31)))).pixels for p in placed]
+        return encode_pictures(_base(), [Image.fromarray(d) for d in drawn])
+
+    others = [kind for kind in OTHERS if kind != word][:4]
+    named = {f"a photo of a {k} {_where(b)}": scenes(k, b) for k, b in zip(others, BACKGROUNDS[::2], strict=True)}
+    return named, {f"a photo of a {word} {_where('city')}": scenes(word, "city")}
+
+
+def _where(background: str) -> str:
+    return BACKGROUND_PHRASES[background][0]
+
+
+def _drawn(pipe: DiffusionPipeline, texts: list[str], seeds: list[int], steps: int) -> list[Image.Image]:
+    return [p.image for p in generate(pipe, texts, seeds, steps)]
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), np.float32) / 255)
+
+
+def _stack(pictures: Sequence[Image.Image]) -> Tensor:
+    return torch.stack([torch.from_numpy(np.array(p.convert("RGB"))) for p in pictures])

@@ -1,0 +1,51 @@
+"""What a reading of a picture says about its request: the judge's answers beside what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from infusion.world.judge import Reading, SubjectReading
+from infusion.world.requests import Request, Wanted
+from infusion.world.truth import COLORED
+
+SCENE = ("background", "style")
+SUBJECT = ("kind", "color1", "color2", "pattern", "accessory", "position")
+
+
+def shown(reading: Reading) -> dict[str, str | None]:
+    """Background, style and the surest subject's attributes; None for what cannot be told or is not there."""
+    first = reading.subjects[0] if reading.subjects else None
+    values = {name: getattr(reading, name) for name in SCENE}
+    return values | {name: getattr(first, name) if first else None for name in SUBJECT}
+
+
+def asked(request: Request) -> dict[str, str | None]:
+    """What the request wants of a single subject and its scene; None where it leaves that open or the style hides it."""
+    (wanted,) = request.subjects
+    colors = request.style in COLORED
+    values = {name: getattr(request, name) for name in SCENE}
+    return values | {
+        name: getattr(wanted, name) if colors or not name.startswith("color") else None for name in SUBJECT
+    }
+
+
+def answers(request: Request, reading: Reading) -> dict[str, bool]:
+    """Right or wrong for everything that the request asks of one subject; what cannot be told is wrong."""
+    told = shown(reading)
+    return {name: told[name] == value for name, value in asked(request).items() if value is not None}
+
+
+def both(request: Request, reading: Reading) -> dict[str, bool]:
+    """Of a request with two subjects of different classes: whether both are there, and each in its own colour."""
+    pairs = [_find(wanted, reading.subjects) for wanted in request.subjects]
+    right = {"both": all(found is not None for found in pairs)}
+    if all(wanted.color1 for wanted in request.subjects):
+        right["own colors"] = all(
+            found is not None and found.color1 == wanted.color1
+            for found, wanted in zip(pairs, request.subjects, strict=True)
+        )
+    return right
+
+
+def _find(wanted: Wanted, subjects: Sequence[SubjectReading]) -> SubjectReading | None:
+    return next((s for s in subjects if s.kind == wanted.kind), None)

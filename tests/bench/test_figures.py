@@ -1,0 +1,82 @@
+"""Figures against counts by hand; tables hold what the figures say."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import pytest
+from PIL import Image
+
+from infusion.bench.figures import curves, leak, point_figures, pooled, share
+from infusion.bench.tables import write_benchmark
+from infusion.errors import InfusionError
+from tests.bench.records import FLOOR, record
+
+LEAKY = record(
+    "dreambooth",
+    [{"background": "beach", "position": "center", "color2": None}, {"background": "beach", "style": "photo", "pattern": "plain"}],
+    forgetting=0.02, to_nearest_photo=0.1,
+)  # fmt: skip
+
+
+def test_shares_count_what_is_asked_and_untold_is_wrong():
+    point = LEAKY["points"][0]
+    assert share(LEAKY, point, ["color1"]) == 1  # asked of the photo alone: a sketch has no colours
+    assert share(LEAKY, point, ["color2"]) == 0
+    assert share(LEAKY, point, ["pattern"]) == 0.5
+    assert share(LEAKY, point, ["color1", "color2", "pattern", "accessory"]) == pytest.approx((1 + 0 + 0.5 + 1) / 4)
+    assert share(LEAKY, point, ["position"]) == 0
+    only_sketch = {**LEAKY, "requests": [LEAKY["requests"][1]] * 2}
+    assert share(only_sketch, point, ["color1"]) is None
+
+
+def test_leaks_are_above_the_base():
+    point, floor = LEAKY["points"][0], FLOOR["points"][0]
+    assert leak(LEAKY, point, floor, "background") == (1, 0)
+    assert leak(LEAKY, point, floor, "style") == (1, 0)  # only the sketch was asked for another style
+    assert leak(LEAKY, point, floor, "position") == (1, 0)
+    unread = record("x", [{"background": None}, {"background": "beach"}])
+    assert leak(unread, unread["points"][0], floor, "background") == (1, 0)
+    blind = record("x", [{"background": None}, {"background": None}])
+    assert leak(blind, blind["points"][0], floor, "background") is None
+
+
+def test_figures_of_a_point():
+    f = point_figures(LEAKY, LEAKY["points"][0], FLOOR["points"][0])
+    assert f["text"] == pytest.approx((0 + 0.5 + 0) / 3)
+    assert f["text_beside_base"] == pytest.approx(1 / 6 - 1)
+    assert f["leak_background"] == 1
+    assert f["nearer_than_base"] == pytest.approx(0)
+    assert f["prior_likeness_above"] == pytest.approx(0)
+    assert "leak_background" not in point_figures(LEAKY, LEAKY["points"][0], None)
+
+
+def test_jobs_meet_the_floor_of_their_own_subject():
+    other = record("class-word", [{"background": "beach"}, {}], subject=1, samples=0, step=0)
+    same = record("dreambooth", [{"background": "beach"}, {"background": "beach"}], subject=1)
+    found = curves([FLOOR, other, LEAKY, same])
+    leaks = [row["leak_background"] for row in found["dreambooth"][80]]
+    assert leaks == [1, 0.5]
+    estimate = pooled(found["dreambooth"][80], "leak_background")
+    assert (estimate.value, estimate.n) == (0.75, 2)
+    assert pooled(found["dreambooth"][80], "nothing") is None
+
+
+def test_the_page(tmp_path):
+    picture = Image.new("RGB", (16, 8), "red")
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG")
+    strip = base64.b64encode(buffer.getvalue()).decode()
+    records = [FLOOR, LEAKY, record("infusion", [{}, {"background": "city", "style": "sketch"}], strip=strip)]
+    path = write_benchmark(records, tmp_path)
+    text = path.read_text()
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert "| infusion | 80 |" in text
+    assert "3 jobs on 1 subjects" in text
+    assert "100.0 | 0.8 |" in next(line for line in text.splitlines() if line.startswith("| infusion | 100"))
+    assert "dreambooth" in rows
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+    assert Image.open(tmp_path / "benchmark-000.png").width > 90
+    with pytest.raises(InfusionError, match="more than one base"):
+        write_benchmark([FLOOR, {**LEAKY, "base": "def"}], tmp_path)

@@ -1,0 +1,88 @@
+"""The grid is read strictly, and its jobs are named by everything that decides them."""
+
+from __future__ import annotations
+
+import pytest
+
+from infusion.bench.grid import jobs, load_grid
+from infusion.bench.subjects import PHOTOS, case, requests
+from infusion.errors import InfusionError
+from infusion.world.scenes import few_modalities, render
+from infusion.world.vocabulary import BACKGROUNDS, CLASSES
+
+
+def test_the_defaults_hold_every_method():
+    grid = load_grid()
+    todo = jobs(grid)
+    assert len(todo) == grid.subjects * len(grid.methods)
+    assert len({job.name for job in todo}) == len(todo)
+    assert {job.subject for job in todo[: len(grid.methods)]} == {0}  # whole subjects first
+    single = next(job for job in todo if job.label == "single-stream")
+    assert (single.method, single.settings, single.prior) == ("infusion", {"two_streams": False}, 0)
+    assert next(job for job in todo if job.label == "custom-diffusion").prior == 32
+
+
+def test_a_file_and_overrides(tmp_path):
+    (tmp_path / "own.toml").write_text("subjects = 3\nseeds = [0, 1]\n[methods.infusion]\nlearning_rate = 0.01\n")
+    grid = load_grid(tmp_path / "own.toml", {"points": [5, 10], "methods.infusion.masked": False})
+    assert grid.methods == {"infusion": {"learning_rate": 0.01, "masked": False}}
+    todo = jobs(grid)
+    assert len(todo) == 6
+    other = jobs(load_grid(tmp_path / "own.toml", {"points": [5, 10], "methods.infusion.masked": True}))
+    assert todo[0].name != other[0].name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"subject": 3}, "'subject' is 3"),
+        ({"subjects": 0}, "greater than or equal to 1"),
+        ({"points": [5, 5]}, "must rise"),
+        ({"methods.dreambooht": {}}, "'dreambooht' is no method; use one of class-word"),
+        ({"methods.infusion.lr": 0.1}, "infusion has no setting 'lr'; use one of"),
+        ({"split": "train"}, "'dev' or 'test'"),
+        ({"modalities": [{"position": "above"}]}, "'left', 'center' or 'right'"),
+    ],
+)
+def test_nonsense_is_named(overrides, message):
+    with pytest.raises(InfusionError, match=message):
+        load_grid(None, overrides)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "bad.toml").write_text("subjects = ")
+    with pytest.raises(InfusionError, match="is not TOML"):
+        load_grid(tmp_path / "bad.toml")
+    with pytest.raises(InfusionError, match="cannot be read"):
+        load_grid(tmp_path / "none.toml")
+    with pytest.raises(InfusionError, match="no method 'lora'"):
+        jobs(load_grid(), ("lora",))
+
+
+def test_subjects_take_turns_and_depend_on_split_and_seed():
+    cases = [case("test", 0, i, None, "photo", "center") for i in range(20)]
+    assert {c.subject.kind for c in cases} == set(CLASSES)
+    assert len({(c.subject.kind, c.background) for c in cases}) == 20
+    assert case("test", 0, 7, None, "photo", "center") == cases[7]
+    assert case("dev", 0, 7, None, "photo", "center").subject != cases[7].subject
+    assert case("test", 1, 7, None, "photo", "center").subject != cases[7].subject
+    assert case("test", 0, 7, "space", "photo", "center").background == "space"
+    photos = cases[3].photos()
+    assert len(photos) == PHOTOS
+    first = few_modalities(cases[3].subject, 1, cases[3].seed, cases[3].background)[0]
+    assert (render(first).pixels == photos[0].image).all()
+
+
+def test_every_prompt_asks_for_another_background():
+    chosen = case("test", 0, 0, "beach", "photo", "center")
+    found = requests(chosen, "test")
+    assert len(found) == 14
+    assert {r.background for r in found} == set(BACKGROUNDS) - {"beach"}
+    assert sum(r.style != "photo" for r in found) == 7
+    assert sum(r.subjects[0].position in ("left", "right") for r in found) == 9
+    assert not any(r.subjects[0].position == "center" for r in found)
+    assert all(r.prompt.count("{}") == 1 for r in found)
+    assert {r.prompt for r in found}.isdisjoint(r.prompt for r in requests(chosen, "dev"))
+    for r in found:
+        assert (r.subjects[0].color1 is None) == (r.style in ("sketch", "sepia"))
+        assert r.subjects[0].accessory == chosen.subject.accessory

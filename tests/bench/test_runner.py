@@ -1,0 +1,76 @@
+"""Jobs run once each, in processes or on a real local Ray; what fails is told, what is finished is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from infusion.bench.grid import Job, jobs, load_grid
+from infusion.bench.runner import pending, read_records, record_path, run_jobs, write_record
+from infusion.errors import InfusionError
+
+GRID = load_grid(None, {"subjects": 3, "methods": {"infusion": {}, "dreambooth": {}}})
+
+
+def fake(job: Job, threads: int) -> dict:
+    if job.label == "dreambooth" and job.subject == 1:
+        raise ValueError("out of luck")
+    return {"subject": job.subject, "pid": os.getpid(), "threads": threads, "omp": os.environ.get("OMP_NUM_THREADS")}
+
+
+def test_interrupted_runs_go_on(tmp_path):
+    todo = jobs(GRID)
+    running = run_jobs(todo, tmp_path, 1, one=fake, command="infusion bench run")
+    job, path = next(running)
+    running.close()  # as Ctrl-C does
+    assert path == record_path(tmp_path, job)
+    before = path.read_bytes()
+    left = pending(todo, tmp_path)
+    assert 0 < len(left) < len(todo)
+    results = {job.name: result for job, result in run_jobs(todo, tmp_path, 2, one=fake)}
+    assert job.name not in results
+    assert path.read_bytes() == before
+    failed = [r for r in results.values() if isinstance(r, Exception)]
+    assert [str(f) for f in failed] == ["out of luck"]
+    assert len(read_records(tmp_path)) == 5
+    assert len(pending(todo, tmp_path)) == 1  # a failed job is tried again
+    record = json.loads(path.read_text())
+    assert record["command"] == "infusion bench run"
+    assert record["omp"] == str(record["threads"])
+    assert record["pid"] != os.getpid()
+
+
+def test_a_real_local_ray(tmp_path):
+    pytest.importorskip("ray")
+    todo = jobs(GRID)
+    results = list(run_jobs(todo, tmp_path, 2, engine="ray", one=fake))
+    assert len(results) == 6
+    failed = [r for _, r in results if isinstance(r, Exception)]
+    assert len(failed) == 1
+    assert "out of luck" in str(failed[0])
+    assert {r["engine"] for r in read_records(tmp_path)} == {"ray"}
+
+
+def test_records_are_never_changed(tmp_path):
+    path = write_record(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(InfusionError, match="never changed"):
+        write_record(path, {"x": 2})
+    assert read_records(tmp_path)[0]["x"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    path.write_text("{")
+    with pytest.raises(InfusionError, match="is damaged"):
+        read_records(tmp_path)
+
+
+def test_bad_calls(tmp_path):
+    with pytest.raises(InfusionError, match="holds no records"):
+        read_records(tmp_path)
+    with pytest.raises(InfusionError, match="'slurm' is no engine"):
+        list(run_jobs([], tmp_path, 1, engine="slurm"))
+    with pytest.raises(InfusionError, match="at least 1"):
+        list(run_jobs([], tmp_path, 0))
+    (tmp_path / "file").touch()
+    with pytest.raises(InfusionError, match="cannot be made"):
+        list(run_jobs([], tmp_path / "file" / "sub", 1))

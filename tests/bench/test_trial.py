@@ -1,0 +1,44 @@
+"""A job from end to end in the smallest size: all methods give a record, and what is frozen forgets nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from infusion.bench import trial
+from infusion.bench.figures import point_figures
+from infusion.bench.grid import jobs, load_grid
+from infusion.world.judge import Judge, JudgeNetwork
+
+SMALL = {"points": [1, 2], "batch": 1, "pictures": 1, "denoising_steps": 1, "subjects": 1}
+
+
+@pytest.fixture(scope="module")
+def guess():
+    torch.manual_seed(0)
+    network = JudgeNetwork()
+    torch.nn.init.constant_(network.heat.bias, 3.0)  # sees subjects everywhere
+    return Judge(network)
+
+
+@pytest.mark.parametrize("label", ["class-word", "infusion", "dreambooth-prior", "perfusion"])
+def test_a_job(label, guess, monkeypatch):
+    monkeypatch.setattr(trial, "load_judge", lambda: guess)
+    settings = {} if label in ("class-word", "infusion", "perfusion") else {f"methods.{label}.prior": 2}
+    (job,) = jobs(load_grid(None, SMALL | settings), (label,))
+    record = json.loads(json.dumps(trial.run_job(job, threads=torch.get_num_threads()), allow_nan=False))
+    steps = [p["step"] for p in record["points"]]
+    assert steps == ([0] if label == "class-word" else [1, 2])
+    last = record["points"][-1]
+    assert len(last["readings"]) == len(record["requests"]) == 14
+    assert last["strip"]
+    assert point_figures(record, last, record["points"][0])["fidelity"] is not None
+    if label in ("class-word", "infusion"):
+        assert last["forgetting"] == last["forgetting_class_word"] == 0
+    else:
+        assert last["forgetting"] > 0
+    assert (last["bytes"] > 0) == (label != "class-word")
+    if label == "class-word":
+        assert last["w2"] == pytest.approx(0, abs=1e-6)
