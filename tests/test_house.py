@@ -21,6 +21,7 @@ ORDER = (
     ("training", "methods", "generation", "base", "sheets", "report"),
     ("diagnosis", "demo", "adapters"),
     ("evaluation",),
+    ("steering",),
     ("bench",),
     ("cli",),
 )

@@ -8,13 +8,16 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from infusion.bench.commands import bench
 from infusion.console import progress, say
 from infusion.errors import InfusionError
+
+if TYPE_CHECKING:
+    from infusion.steering import Checkup
 
 app = typer.Typer(
     help="Teach a text-to-image diffusion model one new thing from a few photos.",
@@ -62,15 +65,30 @@ def train(
         bool, typer.Option("--single-stream", help="The ablation without the foundational stream.")
     ] = False,
     seed: Annotated[int, typer.Option(help="The same seed on the same machine gives the same file.")] = 0,
+    evaluate_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Look every so many steps at what is repeated and forgotten; curves go into OUT.checkups.json."
+        ),
+    ] = None,
+    stop_when_overfit: Annotated[
+        bool,
+        typer.Option("--stop-when-overfit", help="Stop when the photos' place comes back, and keep the best so far."),
+    ] = False,
     device: Device = None,
     dtype: DType = "fp32",
 ) -> None:
     """Learn a concept from a folder of photos. Ctrl-C keeps what was learned so far."""
     with progress("Loading the base model") as told:
         from infusion.base import load_base
+        from infusion.concept import Concept
+        from infusion.lesson import prepare_lesson
+        from infusion.methods.infusion import infusion
         from infusion.photos import load_photos
-        from infusion.training import LearnConfig, learning
+        from infusion.steering import SteerConfig, steered, write_checkups
+        from infusion.training import LearnConfig
 
+        steer = SteerConfig(every=evaluate_every or 50, stop=stop_when_overfit)
         given = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
         config = LearnConfig(
             flip=flip,
@@ -80,28 +98,51 @@ def train(
             **{k: v for k, v in given.items() if v is not None},
         )
         pictures = load_photos(photos)
+        Concept(name, word, {})  # names are checked before any work
         _writable(out)
         _known_word(base, word)
         pipe = load_base(base, device, dtype)
-        state = None
+        kept, now, checkups = None, None, []
         try:
             told("Encoding the photos", 0, 0)
-            for state in learning(pipe, pictures, word, name, config):
-                told(f"Learning <{name}>", state.step, state.steps, f"loss {state.loss:.4f}")
+            lesson = prepare_lesson(pipe, pictures, word, name, flip=flip, masked=mask)
+            states = infusion(pipe, lesson, config)
+            if evaluate_every or stop_when_overfit:
+                for now in steered(pipe, states, lesson, steer, told):
+                    kept = now.best if now.stopped and now.best else now.state
+                    told(f"Learning <{name}>", now.state.step, now.state.steps, f"loss {now.state.loss:.4f}")
+                    if now.checkup:
+                        checkups.append(now.checkup.plain())
+                        say.print(_seen(now.checkup))
+            else:
+                for kept in states:
+                    told(f"Learning <{name}>", kept.step, kept.steps, f"loss {kept.loss:.4f}")
         except KeyboardInterrupt:
-            if state is None:
+            if kept is None:
                 say.print("Stopped before the first step; nothing was written.")
                 raise typer.Exit(130) from None
-            told(f"Stopped at step {state.step}", state.step, state.steps)
-    assert state is not None
-    path = state.concept.save(out)
-    stopped = state.step < state.steps
+            told(f"Stopped at step {kept.step}", kept.step, kept.steps)
+    assert kept is not None
+    path = kept.adapter.concept.save(out)
+    if checkups:
+        write_checkups(path, checkups)
+    overfit = now.stopped if now else None
+    interrupted = kept.step < kept.steps and not overfit
+    if overfit:
+        say.print(overfit)
     say.print(
-        f"{'Stopped early; kept' if stopped else 'Learned'} <{name}> after {state.step} steps: {path}, {path.stat().st_size:,} bytes."
+        f"{'Stopped early; kept' if interrupted else 'Learned'} <{name}> after {kept.step} steps: {path}, {path.stat().st_size:,} bytes."
     )
     say.print(f'Next: infusion generate --base {base} --concept {path} "a photo of <{name}> on the beach" -o pictures')
-    if stopped:
+    if interrupted:
         raise typer.Exit(130)
+
+
+def _seen(checkup: Checkup) -> str:
+    return (
+        f"Step {checkup.step}: repeats the photos' place {100 * checkup.above:+.0f} points beside the base, "
+        f"forgetting {checkup.forgetting:.2g}, variety {checkup.variety:.0%} of the base's."
+    )
 
 
 @app.command()
@@ -186,6 +227,7 @@ def evaluate(
         from infusion.evaluation import EvaluateConfig, write_report
         from infusion.evaluation import evaluate as measure
         from infusion.photos import load_photos
+        from infusion.steering import read_checkups
 
         config = EvaluateConfig(seeds=seeds)
         pictures = load_photos(photos)
@@ -194,7 +236,7 @@ def evaluate(
         _known_word(base, word)
         pipe = load_base(base, device, dtype)
         evaluation = measure(pipe, loaded, pictures, word, config, told)
-        report = write_report(evaluation, out, base, adapter.name)
+        report = write_report(evaluation, out, base, adapter.name, read_checkups(adapter))
     for sentence in evaluation.verdict:
         say.print(sentence)
     say.print(f"The figures are in [bold]{report}[/bold] and {out / 'figures.json'}.")

@@ -28,6 +28,7 @@ from infusion.metrics.moments import Moments
 from infusion.metrics.similarity import cosines, nearest, spread
 from infusion.metrics.wasserstein import GaussianW2, empirical_w2, gaussian_w2, principal
 from infusion.photos import Photo
+from infusion.report.curve import line_chart
 from infusion.report.page import Grid, Page, Row, write_page
 
 PROMPTS = (
@@ -188,8 +189,11 @@ def verdict(f: Figures) -> tuple[str, ...]:
     return tuple(said)
 
 
-def write_report(evaluation: Evaluation, folder: Path, base: str, adapter: str) -> Path:
-    """report.html and figures.json in `folder`; returns the page's path."""
+def write_report(
+    evaluation: Evaluation, folder: Path, base: str, adapter: str, checkups: Sequence[Mapping[str, Any]] = ()
+) -> Path:
+    """report.html and figures.json in `folder`; returns the page's path. checkups: those of the training, if it had any
+    (`steering.Checkup.plain`), drawn as curves."""
     f, e = evaluation.figures, evaluation
     one = range(0, len(e.base), e.config.seeds)
     first = [
@@ -227,6 +231,7 @@ def write_report(evaluation: Evaluation, folder: Path, base: str, adapter: str) 
             ("Left out, for want of weights", ", ".join(LEFT_OUT)),
             ("Base; adapter", f"{base}; {adapter}"),
         ],
+        charts=_curves(checkups),
     )
     path = write_page(page, folder / "report.html")
     record = {
@@ -235,15 +240,30 @@ def write_report(evaluation: Evaluation, folder: Path, base: str, adapter: str) 
         "figures": asdict(f),
         "settings": asdict(e.config),
         "left_out": LEFT_OUT,
+        "checkups": list(checkups),
     }
     (folder / "figures.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     return path
 
 
+def _curves(checkups: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not checkups:
+        return []
+    steps = [c["step"] for c in checkups]
+    return [
+        line_chart("Loss of the step's batch", steps, [c["loss"] for c in checkups]),
+        line_chart(
+            "Repeats of the photos' place above the base's", steps, [100 * c["above"] for c in checkups], " pt", 10
+        ),
+        line_chart("Forgetting: divergence on other prompts", steps, [c["forgetting"] for c in checkups]),
+        line_chart("Variety beside the base's", steps, [100 * c["variety"] for c in checkups], " %"),
+    ]
+
+
 def forgetting(
     pipe: DiffusionPipeline, adapter: Adapter, groups: Sequence[Mapping[str, Tensor]], seed: int
 ) -> list[FisherDivergence]:
-    """One divergence for each group of prompts. The base's predictions are kept first, since an adapter may change the
+    """Latent Fisher divergence between base and adapter, one for each group of prompts with their latents. The base's predictions are kept first, since an adapter may change the
     very UNet it is attached to."""
     kept: list[Tensor] = []
     stock = denoiser(pipe)

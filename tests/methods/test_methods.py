@@ -18,6 +18,7 @@ from infusion.lesson import prepare_lesson
 from infusion.methods import METHODS
 from infusion.methods.custom_diffusion import CustomDiffusionConfig, custom_diffusion
 from infusion.methods.dreambooth import DreamBoothConfig, dreambooth, prior_lesson
+from infusion.methods.infusion import infusion
 from infusion.methods.interface import stored_bytes
 from infusion.methods.lora import LoraConfig, dreambooth_lora
 from infusion.methods.perfusion import Edit, PerfusionConfig, inverse_covariance, perfusion, rank_one
@@ -25,9 +26,11 @@ from infusion.methods.textual_inversion import TextualInversionConfig, textual_i
 from infusion.methods.tokens import NewWord
 from infusion.photos import Photo
 from infusion.streams import cross_attention_layers, projections
+from infusion.training import LearnConfig
 from tests.conftest import latents
 
 SMALL = {
+    "infusion": partial(infusion, config=LearnConfig(3, 2)),
     "textual-inversion": partial(textual_inversion, config=TextualInversionConfig(3, 2, 0.05)),
     "dreambooth": partial(dreambooth, config=DreamBoothConfig(3, 2, 1e-3)),
     "dreambooth-lora": partial(dreambooth_lora, config=LoraConfig(3, 2, 1e-2, rank=2)),

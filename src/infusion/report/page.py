@@ -36,13 +36,14 @@ class Grid:
 
 @dataclass(frozen=True)
 class Page:
-    """A whole report. facts: (name, value) pairs, shown as a table."""
+    """A whole report. facts: (name, value) pairs, shown as a table; charts: SVGs of ours, from `curve.line_chart`."""
 
     title: str
     lead: str
     grids: Sequence[Grid]
     facts: Sequence[tuple[str, str]] = field(default_factory=tuple)
     closing: Sequence[str] = field(default_factory=tuple)
+    charts: Sequence[str] = field(default_factory=tuple)
 
 
 def write_page(page: Page, path: Path) -> Path:

@@ -1,0 +1,190 @@
+"""Steer a training by the figures of its overfitting: look every so often, stop when it repeats its photos, keep the best.
+
+    for now in steered(pipe, infusion(pipe, lesson), lesson, SteerConfig(every=50)):
+        print(now.state.step, now.checkup)
+    now.best.adapter, now.stopped
+
+Works for every method of `infusion.methods`, on any base: a picture counts as a repeat of the photos' place when, outside the
+subject, it is more like a photo than nine in ten of the base's own pictures of the same prompts and seeds are.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from infusion.errors import InfusionError
+from infusion.evaluation import OTHERS, PROMPTS, forgetting
+from infusion.generation import generate
+from infusion.lesson import Lesson, encode_pictures
+from infusion.methods.interface import Adapter, MethodState, rebuilt
+from infusion.metrics.estimate import Estimate, rate
+from infusion.metrics.similarity import cosines, spread
+
+QUANTILE = 0.9  # of the base's own likeness to the photos; above it lies a repeat
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class SteerConfig:
+    """every: steps between checkups; the last step is always looked at. limit: by how much the rate of repeats may exceed the
+    base's own. prompts ask for places that the photos do not show, `seeds` pictures of each."""
+
+    every: int = 50
+    stop: bool = True
+    limit: float = 0.10
+    prompts: tuple[str, ...] = PROMPTS
+    seeds: int = 2
+    steps: int = 20
+    guidance_scale: float = 6.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field, least in (("every", 1), ("seeds", 2), ("steps", 1)):
+            if getattr(self, field) < least:
+                raise InfusionError(f"{field} is {getattr(self, field)}; it must be at least {least}.")
+        if not 0 <= self.limit < 1:
+            raise InfusionError(f"limit is {self.limit}; it must lie between 0 and 1, usually 0.1.")
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """One look. repeats: rate of pictures that repeat the photos' place; `above` the base's own rate. forgetting: latent Fisher
+    divergence, eps form, on prompts that name neither the subject nor its class. variety: mean distance among pictures of
+    one prompt, as a share of the base's."""
+
+    step: int
+    loss: float
+    repeats: Estimate
+    above: float
+    forgetting: float
+    variety: float
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Steered:
+    """A step of the training: its state, the checkup if there was one, the last state within the limit (a copy that later steps
+    leave alone), and why training stopped, if it did."""
+
+    state: MethodState
+    checkup: Checkup | None
+    best: MethodState | None
+    stopped: str | None
+
+
+def steered(
+    pipe: DiffusionPipeline,
+    states: Iterator[MethodState],
+    lesson: Lesson,
+    config: SteerConfig | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Steered]:
+    """The method's states with checkups among them; ends at the first checkup beyond the limit, if `config.stop`."""
+    config, told = config or SteerConfig(), progress or (lambda *_: None)
+    watch = _Watch(pipe, lesson, config, told)
+    best: MethodState | None = None
+    for state in states:
+        checkup = stopped = None
+        if state.step % config.every == 0 or state.step == state.steps:
+            checkup = watch.look(state)
+            if checkup.above <= config.limit:
+                best = MethodState(state.step, state.steps, state.loss, copy.deepcopy(state.adapter))
+            elif config.stop:
+                stopped = _reason(checkup, best, config)
+        yield Steered(state, checkup, best, stopped)
+        if stopped:
+            if close := getattr(states, "close", None):
+                close()
+            return
+
+
+def _reason(checkup: Checkup, best: MethodState | None, config: SteerConfig) -> str:
+    kept = f"step {best.step} is kept" if best else "no step before it was within the limit"
+    return (
+        f"Stopped at step {checkup.step}: {checkup.repeats.value:.0%} of the pictures repeat the place of the photos, "
+        f"{100 * checkup.above:.0f} points above the base's own rate (limit {100 * config.limit:.0f}); {kept}."
+    )
+
+
+class _Watch:
+    """The base's own pictures and likeness, drawn once, and how an adapter does beside them."""
+
+    def __init__(self, pipe: DiffusionPipeline, lesson: Lesson, config: SteerConfig, told: Progress) -> None:
+        self.pipe = rebuilt(pipe, scheduler=DPMSolverMultistepScheduler.from_config(pipe.scheduler.config))
+        self.config, self.lesson, self.told = config, lesson, told
+        self.outside = (lesson.masks.amax(0) < 0.3).cpu()
+        if self.outside.double().mean() < 0.15:  # the subject is everywhere: the whole picture must do
+            self.outside = torch.ones_like(self.outside)
+        base = self._drawn(self.pipe, f"a {lesson.word}", "Drawing with the base")
+        self.centre = base.mean(0, keepdim=True)
+        likeness = self._likeness(base)
+        self.level = float(likeness.quantile(QUANTILE))
+        self.own = float((likeness > self.level).double().mean())
+        self.spread = float(self._spread(base))
+        others = [o for o in OTHERS if lesson.word not in o.split()]
+        pictures = generate(self.pipe, others * 2, [config.seed + i for i in range(2 * len(others))], config.steps)
+        latents = encode_pictures(pipe, [p.image for p in pictures])
+        self.others = {o: latents[i :: len(others)] for i, o in enumerate(others)}
+
+    def look(self, state: MethodState) -> Checkup:
+        adapter: Adapter = state.adapter
+        with adapter.attached(self.pipe) as custom:
+            drawn = self._drawn(custom, adapter.subject, f"Looking at step {state.step}")
+        repeats = rate(self._likeness(drawn) > self.level)
+        divergence = forgetting(self.pipe, adapter, [self.others], self.config.seed)[0].eps.value
+        return Checkup(
+            state.step,
+            state.loss,
+            repeats,
+            repeats.value - self.own,
+            divergence,
+            float(self._spread(drawn)) / self.spread,
+        )
+
+    def _drawn(self, pipe: DiffusionPipeline, subject: str, label: str) -> Tensor:
+        c = self.config
+        texts = [p.format(subject) for p in c.prompts for _ in range(c.seeds)]
+        seeds = [c.seed + 1000 * i + j for i in range(len(c.prompts)) for j in range(c.seeds)]
+        pictures = generate(pipe, texts, seeds, c.steps, c.guidance_scale, on_step=lambda a, b: self.told(label, a, b))
+        return encode_pictures(self.pipe, [p.image for p in pictures]).cpu().double()
+
+    def _likeness(self, latents: Tensor) -> Tensor:
+        photos = self.lesson.latents.cpu().double() - self.centre
+        shown = latents - self.centre
+        return cosines(shown[:, :, self.outside].flatten(1), photos[:, :, self.outside].flatten(1)).amax(1)
+
+    def _spread(self, latents: Tensor) -> Tensor:
+        return spread(latents.flatten(1).unflatten(0, (-1, self.config.seeds))).mean()
+
+
+def write_checkups(adapter: Path, checkups: Sequence[Mapping[str, Any]]) -> Path:
+    """Keep a training's checkups beside its file, where `infusion evaluate` finds them: milo.checkups.json."""
+    path = adapter.with_suffix(".checkups.json")
+    path.write_text(json.dumps(list(checkups), indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def read_checkups(adapter: Path) -> list[dict[str, Any]]:
+    """The checkups beside an adapter's file; none where there are none. Raises InfusionError for a damaged file."""
+    path = adapter.with_suffix(".checkups.json")
+    if not path.exists():
+        return []
+    try:
+        return [
+            {**c, **{k: c[k] for k in ("step", "loss", "above", "forgetting", "variety")}}
+            for c in json.loads(path.read_text())
+        ]
+    except (ValueError, TypeError, KeyError):
+        raise InfusionError(f"{str(path)!r} is damaged; move it away, the curves are left out then.") from None

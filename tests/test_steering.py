@@ -1,0 +1,129 @@
+"""Steering: what overfits is stopped and the best is kept; what does not goes on to the end."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from infusion.errors import InfusionError
+from infusion.lesson import prepare_lesson
+from infusion.methods.dreambooth import DreamBoothConfig, TunedUNet, dreambooth
+from infusion.methods.infusion import infusion
+from infusion.methods.interface import MethodState
+from infusion.photos import Photo
+from infusion.report.curve import line_chart
+from infusion.steering import SteerConfig, read_checkups, steered, write_checkups
+from infusion.training import LearnConfig
+from tests.conftest import latents
+
+QUICK = {"prompts": ("a photo of {} on the beach", "{} in the snow"), "seeds": 2, "steps": 2}
+
+
+@pytest.fixture
+def lesson(pipe):
+    rng = np.random.default_rng(0)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:12, 4:12] = 255
+    photos = [
+        Photo(Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)), Image.fromarray(mask))
+        for _ in range(3)
+    ]
+    return prepare_lesson(pipe, photos, "dog", "milo")
+
+
+def run(pipe, states, lesson, **more):
+    return list(steered(pipe, states, lesson, SteerConfig(**{**QUICK, **more})))
+
+
+def test_checkups_come_when_asked_and_change_nothing(pipe, lesson):
+    before = latents(pipe, "a dog")
+    plain = [s.adapter.concept for s in infusion(pipe, lesson, LearnConfig(5, 2))]
+    looked = run(pipe, infusion(pipe, lesson, LearnConfig(5, 2)), lesson, every=2, stop=False)
+    assert [s.checkup.step for s in looked if s.checkup] == [2, 4, 5]
+    for a, b in zip(plain, looked, strict=True):
+        for path, residual in a.residuals.items():
+            assert torch.equal(residual, b.state.adapter.concept.residuals[path])
+    assert all(s.checkup.forgetting == 0 for s in looked if s.checkup)
+    assert torch.equal(latents(pipe, "a dog"), before)
+
+
+def test_a_method_that_repeats_is_stopped_and_the_state_before_is_kept(pipe, lesson, monkeypatch):
+    """The second checkup is made to look like the photos; the adapter kept must be the first one's, not the live one."""
+    unet = copy.deepcopy(pipe.unet)
+
+    def states():
+        for step in range(1, 9):
+            with torch.no_grad():
+                for p in unet.parameters():
+                    p.add_(0.01)
+            yield MethodState(step, 8, 0.1, TunedUNet("a dog", unet))
+
+    from infusion import steering
+
+    stock = steering._Watch._likeness
+    looks = []
+
+    def likeness(self, shown):
+        looks.append(1)
+        return stock(self, shown) + (10 if len(looks) == 3 else -10 if len(looks) == 2 else 0)  # 1 is the base itself
+
+    monkeypatch.setattr(steering._Watch, "_likeness", likeness)
+    seen = run(pipe, states(), lesson, every=2)
+    assert [s.state.step for s in seen] == [1, 2, 3, 4]
+    last = seen[-1]
+    assert last.stopped.startswith(
+        "Stopped at step 4: 100% of the pictures repeat the place of the photos, 75 points above"
+    )
+    assert "step 2 is kept" in last.stopped
+    kept, live = (next(a.adapter.unet.parameters()) for a in (last.best, last.state))
+    assert float((live - kept).mean()) == pytest.approx(0.02, abs=1e-4)
+
+
+def test_nothing_within_the_limit(pipe, lesson, monkeypatch):
+    from infusion import steering
+
+    stock = steering._Watch._likeness
+    looks = []
+
+    def likeness(self, shown):
+        looks.append(1)
+        return stock(self, shown) + 10 * (len(looks) > 1)
+
+    monkeypatch.setattr(steering._Watch, "_likeness", likeness)
+    seen = run(pipe, dreambooth(pipe, lesson, DreamBoothConfig(4, 1)), lesson, every=1)
+    assert len(seen) == 1
+    assert seen[0].best is None
+    assert "no step before it was within the limit" in seen[0].stopped
+    looks.clear()
+    assert len(run(pipe, dreambooth(pipe, lesson, DreamBoothConfig(4, 1)), lesson, every=1, stop=False)) == 4
+
+
+def test_checkups_beside_the_file(tmp_path):
+    path = tmp_path / "milo.safetensors"
+    assert read_checkups(path) == []
+    told = [{"step": 5, "loss": 0.1, "above": 0.0, "forgetting": 0.0, "variety": 1.0}]
+    assert json.loads(write_checkups(path, told).read_text()) == told == read_checkups(path)
+    path.with_suffix(".checkups.json").write_text('[{"step": 5}]')
+    with pytest.raises(InfusionError, match="damaged"):
+        read_checkups(path)
+
+
+@pytest.mark.parametrize("bad", [{"every": 0}, {"seeds": 1}, {"limit": 1.5}, {"steps": 0}])
+def test_bad_settings(bad):
+    with pytest.raises(InfusionError, match=next(iter(bad))):
+        SteerConfig(**bad)
+
+
+def test_a_chart_places_its_points():
+    svg = line_chart("A & B", [10, 20], [0.0, 5.0], " pt", limit=10)
+    assert "A &amp; B" in svg
+    assert svg.count("<circle") == 2
+    assert 'points="46.0,186.0 404.0,113.0"' in svg  # 5 is halfway to the limit of 10
+    assert "<circle" in line_chart("flat", [3], [0.0])
+    with pytest.raises(ValueError, match="0 x and 1 y"):
+        line_chart("none", [], [1.0])
