@@ -42,12 +42,16 @@ WORLD = (
     "autoencoder",
     "validation",
     "release",
-    "pretrain",
     "judge",
     "twins",
+    "judge_lessons",
+    "judge_figures",
     "judge_training",
     "requests",
     "questions",
+    "examination",
+    "picking",
+    "pretrain",
 )
 
 

@@ -19,26 +19,23 @@ from infusion.world.judge import (
     centre,
     peaks,
 )
-from infusion.world.judge_training import (
-    JudgeConfig,
-    Labels,
+from infusion.world.judge_figures import (
+    auc,
     believed_from,
     calibrate,
-    corrupt,
     examine,
-    heat_targets,
-    judge_losses,
-    labels_of,
-    mirrored,
-    train_judge,
-    twin_loss,
-    verification_auc,
-    warp,
+    examine_told,
+    judge_card,
+    stranger_cosines,
+    twin_cosines,
 )
+from infusion.world.judge_lessons import Labels, corrupt, heat_targets, labels_of, mirrored, warp
+from infusion.world.judge_training import JudgeConfig, judge_losses, train_judge, twin_loss
+from infusion.world.models import build_autoencoder
 from infusion.world.scenes import Placed, Scene, render
 from infusion.world.subjects import Subject
 from infusion.world.truth import COLORED, NONE, SCENE_HEADS, SUBJECT_HEADS, visible
-from infusion.world.twins import CHANGES, VIEWS, build_families, family, load_families, truth
+from infusion.world.twins import CHANGES, VIEWS, _draw, build_families, family, load_families, tellable, truth
 from infusion.world.vocabulary import CLASSES, STYLES
 
 MILO = Subject("dog", "purple", "yellow", "spotted", "none", (0.5, 0.5, 0.5, 0.5))
@@ -91,6 +88,30 @@ def test_what_a_style_does_not_show_is_not_asked():
     assert visible(grey, "photo")["pattern"] != NONE
     assert visible(replace(grey, pattern="plain"), "sepia")["pattern"] == NONE  # looks the same
     assert visible(same_grey, "photo")["color1"] != NONE
+
+
+def test_tellable_is_what_changes_the_picture():
+    shown = {
+        (style, head): tellable(scene, 0, head, render(scene).pixels)
+        for style in STYLES
+        for scene in [Scene((Placed(MILO, x=0.5, size=0.5),), "beach", style, 1)]
+        for head in ("color1", "pattern", "accessory")
+    }
+    assert shown["photo", "color1"]
+    assert shown["photo", "pattern"]
+    assert shown["photo", "accessory"]
+    assert not shown["sketch", "color1"]
+    assert not shown["sepia", "color1"]
+    hidden = Scene((Placed(MILO, x=0.5, size=0.4), Placed(replace(MILO, color1="red"), x=0.5, size=0.7)), "beach")
+    assert not tellable(hidden, 0, "pattern", render(hidden).pixels)
+    assert tellable(hidden, 1, "pattern", render(hidden).pixels)
+
+
+def test_strict_families_keep_only_what_shows():
+    plain, strict = (_draw(3, 3, 1, strict)["subject"] for strict in (False, True))
+    kept = strict != NONE
+    assert np.array_equal(strict[kept], plain[kept])
+    assert int(kept.sum()) == int((plain != NONE).sum()) - 2  # one pattern and one accessory lie behind another subject
 
 
 def test_peaks_and_centres():
@@ -150,13 +171,22 @@ def test_the_twin_loss_equals_a_loop():
     assert float(twin_loss(e[: len(rows)], told, rows, 0.1)) == pytest.approx(total / counted, rel=1e-4)
 
 
-def test_verification_auc():
+def test_verification():
     told = labels(["photo"] * 8, ["shape"] * 8)
     unit = torch.eye(4).repeat_interleave(2, 0)
-    assert verification_auc(unit, told) == 1
-    assert verification_auc(torch.randn(8, 4, generator=torch.Generator().manual_seed(1)), told) < 1
+    assert auc(*twin_cosines(unit, told)) == 1
+    assert auc(*twin_cosines(torch.randn(8, 4, generator=torch.Generator().manual_seed(1)), told)) < 1
     swapped = torch.eye(4)[[0, 1, 0, 1, 2, 3, 2, 3]]
-    assert verification_auc(swapped, told) == 0
+    assert auc(*twin_cosines(swapped, told)) == 0
+    assert auc(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0])) == 0.75
+
+
+def test_strangers_are_of_one_class_and_of_other_families():
+    told = labels(["photo"] * 7 + ["sketch"], ["shape"] * 8)
+    told.subject[4:, 0, 0] = torch.tensor([0, 1, 0, 0])  # the second family: one of another class, one without colours
+    e = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    expected = [float(e[a] @ e[b]) for a in range(4) for b in (4, 6)]
+    assert sorted(stranger_cosines(e, told).tolist()) == pytest.approx(sorted(expected), rel=1e-5)
 
 
 def test_believed_from_is_the_lowest_probability_that_is_right_often_enough():
@@ -277,4 +307,20 @@ def test_training_learns_and_resumes(data, tmp_path):
     thresholds = calibrate(JudgeNetwork(), data, None)
     assert set(thresholds) == {*SUBJECT_HEADS, *SCENE_HEADS, "same"}
     figures = examine(JudgeNetwork(), data)
-    assert set(figures) == {*SUBJECT_HEADS, *SCENE_HEADS, "found", "real", "position", "same_auc"}
+    counts = {"same_auc", "stranger_auc", "pictures", "twins"}
+    assert set(figures) == {*SUBJECT_HEADS, *SCENE_HEADS, "found", "real", "position", *counts}
+    assert figures["pictures"] == len(data)
+    sure = Judge(JudgeNetwork(), dict.fromkeys(thresholds, 0.0) | {"kind": 1.01})
+    told = examine_told(sure, data, build_autoencoder().eval())
+    assert (told["pattern_told"], told["kind_told"]) == (1, 0)
+    log = [
+        {"stage": "start", "drawn": 3, "families": 2, "corrupted": 0.6, "minutes": 5.0},
+        {"stage": "judge", "step": 10, "seconds": 60},
+    ]
+    card = judge_card(
+        log, {"clean": figures, "autoencoded": figures, "told": told}, sure.save(tmp_path / "j.safetensors")
+    )
+    assert (
+        f"| pattern | {figures['pattern']:.1%} | {figures['pattern']:.1%} | {told['pattern']:.1%} of 100.0% |" in card
+    )
+    assert "80 pictures seen" in card

@@ -11,6 +11,7 @@ from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, psnr, 
 from infusion.world.dataset import Dataset, build_dataset, load_dataset, sample_batch
 from infusion.world.grounding import LEVEL, grounding_loss, map_gate, recorded_maps
 from infusion.world.models import build_autoencoder, build_pipeline, build_scheduler, build_text_encoder, build_unet
+from infusion.world.picking import BEST
 from infusion.world.pretrain import PretrainConfig, draw_timesteps, subject_weights, train_base
 from infusion.world.release import read_weights, write_weights
 from infusion.world.tokenizer import build_tokenizer
@@ -59,7 +60,7 @@ def test_standardized_latents_decode_to_the_same_picture(data):
 
 def test_the_base_trains_resumes_and_keeps_its_processors(data, tmp_path):
     latents = torch.randn(64, 6, 16, 16, generator=torch.Generator().manual_seed(0)).half()
-    config = PretrainConfig(scenes=64, minutes=60, batch=4, warmup=1, save_every=2, validate_every=3)
+    config = PretrainConfig(scenes=64, minutes=60, batch=4, warmup=1, save_every=2, validate_every=3, judge_every=1)
     validation = (
         latents[:16],
         Dataset(*(a[:16] for a in (data.pixels, data.masks, data.subjects, data.ids, data.words))),
@@ -73,12 +74,17 @@ def test_the_base_trains_resumes_and_keeps_its_processors(data, tmp_path):
     text, unet = parts()
     processors = dict(unet.attn_processors)
     straight = []
-    for p in train_base(text, unet, latents, data, validation, tmp_path, config, accelerator):
+    scores = iter((0.4, 0.7, 0.5))
+    for p in train_base(text, unet, latents, data, validation, tmp_path, config, accelerator, lambda: next(scores)):
         straight.append(p)
         if p.step == 3:  # one step after the last checkpoint
             break
     resumed = next(train_base(*parts(), latents, data, validation, tmp_path, config, accelerator))
+    assert [p.score for p in straight] == [0.4, 0.7, 0.5]
+    assert (tmp_path / BEST).exists()
+    assert torch.load(tmp_path / "base.pt", weights_only=True)["best"] == 0.7
     assert resumed.step == 3
+    assert resumed.score is None
     assert resumed.seen == 12
     assert resumed.denoising == pytest.approx(straight[2].denoising, rel=1e-3)
     assert straight[1].validation is None

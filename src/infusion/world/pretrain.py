@@ -3,7 +3,8 @@
 Four stages, each resumed where it stopped: draw the training set, train the autoencoder, encode the
 set once, train text encoder and UNet together. `--minutes` ends the last stage by the clock, with
 the learning rate brought to zero by then. `--from-weights` goes on from the shipped weights alone
-(fresh optimizer, warm-up) in a new folder. `infusion.world.release` ships the result.
+(fresh optimizer, warm-up) in a new folder. Where a judge is shipped it picks the best checkpoint.
+`infusion.world.release` ships the result.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,9 @@ from transformers import CLIPTextModel
 from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, psnr, standardize, train_autoencoder
 from infusion.world.dataset import Dataset, build_dataset, load_dataset, sample_batch
 from infusion.world.grounding import grounding_loss, recorded_maps
+from infusion.world.judge import Judge, load_judge
 from infusion.world.models import build_autoencoder, build_scheduler, build_text_encoder, build_unet
+from infusion.world.picking import BEST, judged, keep_best
 from infusion.world.release import read_weights
 from infusion.world.segmentation import (
     SegmentationHead,
@@ -64,13 +68,14 @@ class PretrainConfig:
     from_weights: bool = False
     save_every: int = 500
     validate_every: int = 1000
+    judge_every: int = 2000
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
 
 
 @dataclass(frozen=True)
 class Progress:
     """State yielded by `train_base` after every step: losses of the batch, pictures seen, seconds spent, and every
-    `validate_every` steps the validation."""
+    `validate_every` steps the validation, every `judge_every` the judge's score."""
 
     step: int
     seen: int
@@ -82,6 +87,7 @@ class Progress:
     attribute: float
     learning_rate: float
     validation: Validation | None = None
+    score: float | None = None
 
 
 def draw_timesteps(rng: np.random.Generator, count: int, steps: int) -> Tensor:
@@ -107,11 +113,13 @@ def train_base(
     folder: Path,
     config: PretrainConfig,
     accelerator: Accelerator,
+    inspect: Callable[[], float] | None = None,
 ) -> Iterator[Progress]:
     """Train both networks with v-prediction, the terms of `PretrainConfig`; they hold the averaged weights at the end.
 
     Every step yields; every `save_every` steps and at the end a checkpoint is written to `folder`,
-    from which a later call with the same folder goes on.
+    from which a later call with the same folder goes on. inspect: a score of the networks as they are, higher is
+    better; the best averaged weights by it are kept in `folder` as BEST.
     """
     set_seed(config.seed)
     device = accelerator.device
@@ -128,7 +136,7 @@ def train_base(
         fused=True,
     )
     ema = EMAModel(networks.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75, foreach=True)
-    step, spent = 0, 0.0
+    step, spent, best = 0, 0.0, float("-inf")
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -137,7 +145,7 @@ def train_base(
         for group in optimizer.param_groups:
             group["fused"] = True
         ema.load_state_dict(state["ema"])
-        step, spent = state["step"], state["seconds"]
+        step, spent, best = state["step"], state["seconds"], state.get("best", best)
     alphas = build_scheduler().alphas_cumprod.to(device)
     table = meanings(build_tokenizer()).to(device)
     limit = config.minutes * 60
@@ -150,6 +158,7 @@ def train_base(
             "ema": ema.state_dict(),
             "step": step,
             "seconds": spent,
+            "best": best,
         }
         torch.save(state, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)
@@ -197,18 +206,35 @@ def train_base(
             spent, last = spent + now - last, now
             if step % config.save_every == 0:
                 save()
-            measured = None
-            if step % config.validate_every == 0:
+            measured = score = None
+            validates, judges = step % config.validate_every == 0, inspect and step % config.judge_every == 0
+            if validates or judges:
                 ema.store(networks.parameters())
                 ema.copy_to(networks.parameters())
-                measured = validate(text_encoder, unet, *validation)
+                if validates:
+                    measured = validate(text_encoder, unet, *validation)
+                if judges and (score := inspect()) > best:
+                    best = score
+                    torch.save({"unet": unet.state_dict(), "text_encoder": text_encoder.state_dict()}, folder / BEST)
                 ema.restore(networks.parameters())
                 records.clear()
             losses = [float(loss) for loss in (denoising, grounding, separation, segmentation, attribute)]
-            yield Progress(step, step * config.batch, spent, *losses, lr, measured)
+            yield Progress(step, step * config.batch, spent, *losses, lr, measured, score)
         save()
     head.remove()
     ema.copy_to(networks.parameters())
+
+
+def _shipped_judge(folder: Path) -> Judge | None:
+    try:
+        return load_judge()
+    except FileNotFoundError:
+        _log(
+            folder,
+            stage="judge",
+            missing="no checkpoint is picked by the judge; train one with infusion.world.judge_training",
+        )
+        return None
 
 
 def _epoch_rows(count: int, config: PretrainConfig, step: int) -> np.ndarray:
@@ -305,7 +331,9 @@ def main() -> None:
         text_encoder.load_state_dict(read_weights("text_encoder"))
     validation = validation_scenes(args.folder / "validation", autoencoder, config.seed)
     sums = np.zeros(6)
-    for p in train_base(text_encoder, unet, latents, data, validation, args.folder, config, accelerator):
+    judge = _shipped_judge(args.folder)
+    inspect = partial(judged, judge, autoencoder, text_encoder, unet) if judge else None
+    for p in train_base(text_encoder, unet, latents, data, validation, args.folder, config, accelerator, inspect):
         sums += (1, p.denoising, p.grounding, p.separation, p.segmentation, p.attribute)
         if p.step % 100 == 0:
             _, denoising, grounding, separation, segmentation, attribute = sums / sums[0]
@@ -325,6 +353,11 @@ def main() -> None:
             )
         if p.validation:
             _log(args.folder, stage="validation", step=p.step, **asdict(p.validation))
+        if p.score is not None:
+            _log(args.folder, stage="judged", step=p.step, score=round(p.score, 4))
+    if inspect:
+        last, best = keep_best(args.folder, text_encoder, unet, inspect)
+        _log(args.folder, stage="picked", last=last, best=best)
     finished = {"vae": autoencoder, "text_encoder": text_encoder, "unet": unet}
     torch.save({part: network.state_dict() for part, network in finished.items()}, args.folder / "final.pt")
     _log(args.folder, stage="done", **asdict(measure_maps(text_encoder, unet, *validation)))

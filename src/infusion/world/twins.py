@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from infusion.world.judge import GRID
-from infusion.world.scenes import SIDE, Rendered, Scene, random_scene, render
+from infusion.world.scenes import SIDE, Rendered, Scene, random_scene, render, with_subject
 from infusion.world.subjects import Subject, random_subject
 from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS, visible
 
@@ -63,8 +63,24 @@ def twin_of(subject: Subject, change: str, rng: np.random.Generator) -> Subject:
             return replace(subject, **{change: value})
 
 
-def build_families(folder: Path, count: int, seed: int, workers: int | None = None) -> Iterator[int]:
-    """Draw `count` families into `folder`, yielding how many are done. Does nothing where they exist."""
+def tellable(scene: Scene, index: int, head: str, pixels: np.ndarray, least: float = 0.06) -> bool:
+    """Whether the picture of the scene, `pixels`, shows the attribute `head` of its subject `index` at all: with any other
+    value it would differ by at least `least` of full brightness, on average over some 4x4 pixels."""
+    now = getattr(scene.subjects[index].subject, head)
+    for value in SUBJECT_HEADS[head]:
+        if value != now:
+            other = render(with_subject(scene, index, **{head: value})).pixels
+            difference = np.abs(other.astype(np.float32) - pixels).mean(-1) / 255
+            if difference.reshape(SIDE // 4, 4, SIDE // 4, 4).mean((1, 3)).max() < least:
+                return False
+    return True
+
+
+def build_families(
+    folder: Path, count: int, seed: int, workers: int | None = None, strict: bool = False
+) -> Iterator[int]:
+    """Draw `count` families into `folder`, yielding how many are done. Does nothing where they exist. strict: attributes that a
+    picture does not show (`tellable`) are NONE, which takes many renderings a picture."""
     if (folder / "done").exists() and len(load_families(folder)) == count * VIEWS:
         yield count
         return
@@ -76,7 +92,7 @@ def build_families(folder: Path, count: int, seed: int, workers: int | None = No
     }
     starts = range(0, count, _CHUNK)
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        chunks = pool.map(_draw, *zip(*((seed, s, min(_CHUNK, count - s)) for s in starts), strict=True))
+        chunks = pool.map(_draw, *zip(*((seed, s, min(_CHUNK, count - s), strict) for s in starts), strict=True))
         for start, chunk in zip(starts, chunks, strict=True):
             for name, values in chunk.items():
                 arrays[name][start * VIEWS : start * VIEWS + len(values)] = values
@@ -115,12 +131,24 @@ _LAYOUT = {
 }
 
 
-def _draw(seed: int, start: int, count: int) -> dict[str, np.ndarray]:
+def _hide(told: dict[str, np.ndarray], drawn: Rendered) -> None:
+    """Set to NONE what the picture does not show."""
+    for s, row in enumerate(told["subject"][: len(drawn.scene.subjects)]):
+        for h, head in enumerate(SUBJECT_HEADS):
+            if row[h] != NONE and not tellable(drawn.scene, s, head, drawn.pixels):
+                row[h] = NONE
+
+
+def _draw(seed: int, start: int, count: int, strict: bool) -> dict[str, np.ndarray]:
     rows: dict[str, list] = {name: [] for name in _LAYOUT}
     for index in range(start, start + count):
         scenes, change = family(seed, index)
         for scene in scenes:
-            for name, value in truth(render(scene)).items():
+            drawn = render(scene)
+            told = truth(drawn)
+            if strict:
+                _hide(told, drawn)
+            for name, value in told.items():
                 rows[name].append(value)
             rows["change"].append(CHANGES.index(change))
     return {name: np.stack([np.asarray(v, _LAYOUT[name][0]) for v in values]) for name, values in rows.items()}

@@ -1,0 +1,177 @@
+"""The base examined by the judge: python -m infusion.world.examination --folder runs/base
+
+Draws pictures of combinations that training never saw, has the judge read them, and writes examination.json beside the
+weights: how often class, background, style and what else was asked for are right, whether what is not named varies as it
+does in the world, and whether pictures are nearer to training scenes than fresh scenes are. Knows nothing of
+concepts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from infusion.metrics.estimate import Estimate, bootstrap, rate
+from infusion.world.dataset import load_dataset
+from infusion.world.judge import Judge, Reading, load_judge
+from infusion.world.models import build_pipeline, pixels_to_tensor
+from infusion.world.questions import answers, both, shown
+from infusion.world.release import PARTS, WEIGHTS, read_index, read_weights
+from infusion.world.requests import Request, unseen_requests
+from infusion.world.scenes import held_out, random_scene, render
+from infusion.world.vocabulary import ACCESSORIES, BACKGROUND_PHRASES, BACKGROUNDS, CLASSES, COLORS, PATTERNS
+
+# Shares of what a caption leaves open, as `subjects.random_subject` draws them.
+SHARES: dict[str, dict[str, float]] = {
+    "color1": dict.fromkeys(COLORS, 1 / len(COLORS)),
+    "pattern": dict.fromkeys(PATTERNS, 1 / len(PATTERNS)),
+    "accessory": dict(zip(ACCESSORIES, (0.4, 0.2, 0.2, 0.2), strict=True)),
+}
+# What a base should reach on each.
+BARS = {
+    "kind": 0.95, "background": 0.95, "style": 0.90, "color1": 0.85, "pattern": 0.80, "position": 0.90, "both": 0.70,
+    "own colors": 0.60,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def draw(
+    pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], steps: int = 20, batch: int = 32
+) -> Tensor:
+    """Pictures (n, h, w, 3) uint8, one for each pair of prompt and seed."""
+    parts = []
+    for i in range(0, len(prompts), batch):
+        generators = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch]]
+        images = pipe(
+            list(prompts[i : i + batch]),
+            num_inference_steps=steps,
+            guidance_scale=6.0,
+            generator=generators,
+            output_type="np",
+        ).images
+        parts.append(torch.from_numpy((images * 255).round().astype(np.uint8)))
+    return torch.cat(parts)
+
+
+def followed(requests: Iterable[Request], readings: Iterable[Reading]) -> dict[str, Estimate]:
+    """How often each thing that was asked for is there; what the judge cannot tell is wrong."""
+    hits: dict[str, list[bool]] = {}
+    for request, reading in zip(requests, readings, strict=True):
+        right = answers(request, reading) if len(request.subjects) == 1 else both(request, reading)
+        for name, value in right.items():
+            hits.setdefault(name, []).append(value)
+    return {name: rate(torch.tensor(values)) for name, values in hits.items()}
+
+
+def variety(readings: Sequence[Reading]) -> dict[str, dict[str, Any]]:
+    """Of pictures whose prompts name nothing but class and background: the share of each colour, pattern and accessory
+    among those read, and the total variation distance to the world's own shares."""
+    found = {}
+    for name, world in SHARES.items():
+        told = [value for reading in readings if (value := shown(reading)[name]) is not None]
+        shares = {value: told.count(value) / max(1, len(told)) for value in world}
+        distance = sum(abs(shares[v] - world[v]) for v in world) / 2
+        found[name] = {
+            "shares": shares,
+            "distance": distance,
+            "n": len(told),
+            "missing": [v for v in world if not shares[v]],
+        }
+    return found
+
+
+def nearest_distance(pictures: Tensor, training: np.ndarray, side: int = 32, block: int = 4096) -> Tensor:
+    """Root mean square distance, in [0, 1], of pictures (n, h, w, 3) uint8 to the nearest of `training`, at `side` pixels."""
+    few = _reduced(pictures, side)
+    best = torch.full((len(few),), float("inf"))
+    for i in range(0, len(training), block):
+        best = torch.minimum(best, torch.cdist(few, _reduced(torch.from_numpy(training[i : i + block]), side)).amin(1))
+    return best / few.shape[1] ** 0.5
+
+
+def examine_base(
+    pipe: StableDiffusionPipeline, judge: Judge, single: int = 800, double: int = 240, plain: int = 240, seed: int = 0
+) -> dict[str, Any]:
+    """All figures that need no training set: `followed` over single and double requests, and `variety`."""
+    figures: dict[str, Estimate] = {}
+    for subjects, count in ((1, single), (2, double)):
+        requests = unseen_requests(count, seed, subjects)
+        pictures = draw(pipe, [r.prompt for r in requests], range(10_000 * subjects, 10_000 * subjects + count))
+        figures |= followed(requests, judge.read(pictures))
+    prompts = [
+        f"a photo of a {kind} {BACKGROUND_PHRASES[background][0]}"
+        for kind in CLASSES for background in BACKGROUNDS
+    ]  # fmt: skip
+    texts = [prompts[i % len(prompts)] for i in range(plain)]
+    return {
+        "followed": {name: asdict(e) for name, e in figures.items()},
+        "variety": variety(judge.read(draw(pipe, texts, range(30_000, 30_000 + plain)))),
+        "pictures": single + double + plain,
+    }
+
+
+def copying(pipe: StableDiffusionPipeline, training: np.ndarray, count: int = 200, seed: int = 0) -> dict[str, Any]:
+    """Median distance to the nearest training scene of the base's pictures and of fresh held-out scenes, the latter through the
+    autoencoder, since what is smoother lies nearer to everything."""
+    requests = unseen_requests(count, seed)
+    generated = draw(pipe, [r.prompt for r in requests], range(10_000, 10_000 + count))
+    rng = np.random.default_rng((seed, 99))
+    scenes = [s for s in (random_scene(rng) for _ in range(20 * count)) if len(s.subjects) == 1 and held_out(s)][:count]
+    fresh = pixels_to_tensor(torch.stack([torch.from_numpy(render(s).pixels) for s in scenes]))
+    with torch.no_grad():
+        coded = pipe.vae.decode(pipe.vae.encode(fresh).latent_dist.mean).sample.clamp(-1, 1)
+    coded = ((coded + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+    median = lambda x: asdict(bootstrap(nearest_distance(x, training), lambda d: d.median()))  # noqa: E731
+    return {"generated": median(generated), "fresh": median(coded)}
+
+
+def _reduced(pictures: Tensor, side: int) -> Tensor:
+    small = F.interpolate(pictures.permute(0, 3, 1, 2).float() / 255, size=(side, side), mode="area")
+    return small.flatten(1)
+
+
+def load_pipeline(weights: Path = WEIGHTS) -> StableDiffusionPipeline:
+    """The base in a folder of weights as a pipeline."""
+    pipe = build_pipeline()
+    for part in PARTS:
+        getattr(pipe, part).load_state_dict(read_weights(part, weights))
+        getattr(pipe, part).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder with index.json")
+    parser.add_argument(
+        "--folder", type=Path, help="folder of `infusion.world.pretrain`, to look for copies of its scenes"
+    )
+    parser.add_argument("--single", type=int, default=800)
+    parser.add_argument("--double", type=int, default=240)
+    args = parser.parse_args()
+    pipe = load_pipeline(args.weights)
+    record = {
+        "sha256": read_index(args.weights)["sha256"],
+        **examine_base(pipe, load_judge(), args.single, args.double),
+    }
+    if args.folder:
+        record["copying"] = copying(pipe, load_dataset(args.folder / "data").pixels)
+    (args.weights / "examination.json").write_text(json.dumps(record, indent=1) + "\n")
+    for name, e in record["followed"].items():
+        print(f"{name:12} {Estimate(**e)}")
+    print(json.dumps({k: v for k, v in record.items() if k != "followed"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

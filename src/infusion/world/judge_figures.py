@@ -1,0 +1,207 @@
+"""How good the judge is, when it is to be believed, and its model card."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from infusion.world.judge import GRID, Judge, JudgeNetwork, Maps, peaks
+from infusion.world.judge_lessons import Labels, cells, corrupt, labels_of, shows_change
+from infusion.world.models import pixels_to_tensor
+from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
+from infusion.world.twins import VIEWS, Families
+
+
+@torch.no_grad()
+def calibrate(
+    network: JudgeNetwork, data: Families, autoencoder: AutoencoderKL | None, precision: float = 0.98, batch: int = 64
+) -> dict[str, float]:
+    """For each head the lowest probability from which on its answers are right in `precision` of the cases, on pictures as
+    generators make them (`corrupt`); for "same" the cosine at which as many twins pass as individuals fail."""
+    network.eval()
+    told: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in (*SUBJECT_HEADS, *SCENE_HEADS)}
+    embeddings = []
+    rng = np.random.default_rng(0)
+    for i in range(0, len(data), batch):
+        rows = np.arange(i, min(i + batch, len(data)))
+        labels = labels_of(data, rows)
+        maps = network(corrupt(pixels_to_tensor(torch.from_numpy(data.pixels[rows])), autoencoder, rng, 0.6))
+        b, s, x, y = cells(labels)
+        for k, name in enumerate(SUBJECT_HEADS):
+            known = labels.subject[b, s, k] != NONE
+            p, answer = maps.subject[name][b, :, y, x][known].float().softmax(1).max(1)
+            told[name].append((p, answer == labels.subject[b, s, k][known]))
+        for k, name in enumerate(SCENE_HEADS):
+            p, answer = maps.scene[name].float().softmax(1).max(1)
+            told[name].append((p, answer == labels.scene[:, k]))
+        cx, cy = labels.centre[:, 0].nan_to_num(GRID / 2).long().clamp(0, GRID - 1).unbind(-1)
+        embeddings.append(maps.embedding[torch.arange(len(rows)), :, cy, cx])
+    thresholds = {
+        name: believed_from(*map(torch.cat, zip(*parts, strict=True)), precision) for name, parts in told.items()
+    }
+    same, other = twin_cosines(torch.cat(embeddings), labels_of(data, np.arange(len(data))))
+    candidates = torch.cat([same, other]).sort().values
+    fails = torch.searchsorted(same.sort().values, candidates) / len(same)
+    passes = 1 - torch.searchsorted(other.sort().values, candidates) / len(other)
+    thresholds["same"] = float(candidates[(fails - passes).abs().argmin()])
+    return {name: round(value, 4) for name, value in thresholds.items()}
+
+
+def believed_from(probability: Tensor, right: Tensor, precision: float) -> float:
+    """The lowest probability from which on answers (n,) are right in at least `precision` of the cases; above 1 where
+    none is."""
+    order = probability.argsort(descending=True)
+    share = right[order].double().cumsum(0) / torch.arange(1, len(order) + 1)
+    enough = torch.nonzero(share >= precision)
+    return float(probability[order[enough[-1, 0]]]) if len(enough) else 1.01
+
+
+@torch.no_grad()
+def examine(
+    network: JudgeNetwork, data: Families, autoencoder: AutoencoderKL | None = None, batch: int = 64
+) -> dict[str, float]:
+    """Figures on `data`, of fresh seed: accuracy of every head over what is visible, read at the true centre; found and
+    phantom subjects; position; and the AUC of telling the same individual from its visible twin. With an autoencoder,
+    on autoencoded pictures."""
+    network.eval()
+    hits: dict[str, list[Tensor]] = {name: [] for name in (*SUBJECT_HEADS, *SCENE_HEADS, "found", "real", "position")}
+    embeddings = []
+    for i in range(0, len(data), batch):
+        rows = np.arange(i, min(i + batch, len(data)))
+        labels = labels_of(data, rows)
+        pictures = pixels_to_tensor(torch.from_numpy(data.pixels[rows]))
+        if autoencoder is not None:
+            pictures = autoencoder.decode(autoencoder.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)
+        maps = network(pictures)
+        _count(maps, labels, hits)
+        x, y = labels.centre[:, 0].nan_to_num(GRID / 2).long().clamp(0, GRID - 1).unbind(-1)
+        embeddings.append(maps.embedding[torch.arange(len(rows)), :, y, x])
+    figures = {name: float(torch.cat(h).float().mean()) for name, h in hits.items()}
+    everyone, labels = torch.cat(embeddings), labels_of(data, np.arange(len(data)))
+    same, twins = twin_cosines(everyone, labels)
+    figures |= {"same_auc": auc(same, twins), "stranger_auc": auc(same, stranger_cosines(everyone, labels))}
+    return {name: round(value, 4) for name, value in figures.items()} | {"pictures": len(data), "twins": len(twins)}
+
+
+@torch.no_grad()
+def examine_told(judge: Judge, data: Families, autoencoder: AutoencoderKL, batch: int = 64) -> dict[str, float]:
+    """For each head, on autoencoded pictures and at the true centre: how often it is right where it says anything (`name`), and
+    how often it says anything (`name_told`)."""
+    answered: dict[str, list[Tensor]] = {name: [] for name in (*SUBJECT_HEADS, *SCENE_HEADS)}
+    right: dict[str, list[Tensor]] = {name: [] for name in answered}
+    for i in range(0, len(data), batch):
+        rows = np.arange(i, min(i + batch, len(data)))
+        labels = labels_of(data, rows)
+        pictures = pixels_to_tensor(torch.from_numpy(data.pixels[rows]))
+        maps = judge.network(autoencoder.decode(autoencoder.encode(pictures).latent_dist.mean).sample.clamp(-1, 1))
+        b, s, x, y = cells(labels)
+        for name, logits, target in (
+            *((n, maps.subject[n][b, :, y, x], labels.subject[b, s, k]) for k, n in enumerate(SUBJECT_HEADS)),
+            *((n, maps.scene[n], labels.scene[:, k]) for k, n in enumerate(SCENE_HEADS)),
+        ):
+            p, answer = logits[target != NONE].softmax(1).max(1)
+            told = p >= judge.thresholds.get(name, 0.0)
+            answered[name].append(told)
+            right[name].append((answer == target[target != NONE])[told])
+    figures = {name: float(torch.cat(parts).float().mean()) for name, parts in right.items()}
+    figures |= {f"{name}_told": float(torch.cat(parts).float().mean()) for name, parts in answered.items()}
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def auc(positive: Tensor, negative: Tensor) -> float:
+    """Area under the ROC curve: how often a value of `positive` is above one of `negative`."""
+    below = torch.searchsorted(negative.sort().values, positive).double()
+    return float(below.mean() / len(negative))
+
+
+def stranger_cosines(embeddings: Tensor, labels: Labels) -> Tensor:
+    """Cosines of individuals of one class from different families, in pictures that both show colours."""
+    heads = list(SUBJECT_HEADS)
+    kind, color = labels.subject[:, 0, heads.index("kind")], labels.subject[:, 0, heads.index("color1")]
+    counted = torch.nonzero((color != NONE) & (kind != NONE))[:, 0]
+    family = counted // VIEWS
+    pairs = (kind[counted][:, None] == kind[counted][None]) & (family[:, None] < family[None])
+    return (embeddings[counted] @ embeddings[counted].T)[pairs]
+
+
+def twin_cosines(embeddings: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+    """Cosines of two views of one individual, and of an individual and its twin where both pictures show the difference."""
+    e = embeddings.unflatten(0, (-1, VIEWS))
+    shows = shows_change(labels).unflatten(0, (-1, VIEWS))
+    here = ~labels.centre[:, 0].isnan().any(-1).unflatten(0, (-1, VIEWS))
+    same, other = [], []
+    for a, b in ((0, 1), (2, 3)):
+        same.append((e[:, a] * e[:, b]).sum(-1)[here[:, a] & here[:, b]])
+    for a in (0, 1):
+        for b in (2, 3):
+            tells = here[:, a] & here[:, b] & shows[:, a] & shows[:, b]
+            other.append((e[:, a] * e[:, b]).sum(-1)[tells])
+    return torch.cat(same), torch.cat(other)
+
+
+def _count(maps: Maps, labels: Labels, hits: dict[str, list[Tensor]]) -> None:
+    present = ~labels.centre.isnan().any(-1)
+    b, s, x, y = cells(labels)
+    for k, name in enumerate(SUBJECT_HEADS):
+        target = labels.subject[b, s, k]
+        known = target != NONE
+        hits[name].append((maps.subject[name][b, :, y, x].argmax(1) == target)[known])
+    for k, name in enumerate(SCENE_HEADS):
+        hits[name].append(maps.scene[name].argmax(1) == labels.scene[:, k])
+    for i in range(len(labels.centre)):
+        found = torch.tensor([[c + 0.5, r + 0.5] for r, c, _ in peaks(maps.heat[i])]).reshape(-1, 2)
+        true = labels.centre[i][present[i]]
+        near = torch.cdist(true, found)
+        hits["found"].append((near < 2).any(1) if len(found) else torch.zeros(len(true), dtype=torch.bool))
+        hits["real"].append((near < 2).any(0) if len(true) else torch.zeros(len(found), dtype=torch.bool))
+        for t, d in zip(true, near, strict=True):
+            if len(found) and float(d.min()) < 2:
+                hits["position"].append((t[:1] * 3 // GRID) == (found[d.argmin()][:1] * 3 // GRID))
+
+
+_NAMES = {
+    "kind": "class", "color1": "first colour", "color2": "second colour", "pattern": "pattern", "accessory": "accessory",
+    "background": "background", "style": "style", "found": "subjects found", "real": "found subjects that are real",
+    "position": "position", "same_auc": "same individual against its twin, AUC", "stranger_auc": "same individual against others of its class, AUC",
+}  # fmt: skip
+
+
+def judge_card(log: list[dict[str, Any]], figures: dict[str, dict[str, float]], path: Path) -> str:
+    """The judge's model card in Markdown, from its run's log and figures."""
+    start = next(line for line in log if line["stage"] == "start")
+    last = [line for line in log if line["stage"] == "judge"][-1]
+    rows = [
+        f"| {label} | {figures['clean'][name]:.1%} | {figures['autoencoded'][name]:.1%} | "
+        + (f"{figures['told'][name]:.1%} of {figures['told'][name + '_told']:.1%}" if name in figures["told"] else "")
+        + " |"
+        for name, label in _NAMES.items()
+    ]
+    return f"""# The judge
+
+Reads background and style of a picture of the world, and for each subject class, two colours, pattern, accessory, place and an
+embedding that tells individuals apart. What it is not sure of it does not say ("cannot tell"). It knows this world and nothing else; the same hands
+made world, judge, base and methods.
+
+| | |
+|---|---|
+| file | `{path.name}`, {path.stat().st_size:,} bytes, fp16 safetensors, SHA-256 `{hashlib.sha256(path.read_bytes()).hexdigest()}` |
+| trained on | {start["drawn"]:,} families of four pictures, {last["step"] * start["families"] * VIEWS:,} pictures seen ({last["step"]:,} steps of {start["families"] * VIEWS}), half of them mirrored, {start["corrupted"]:.0%} autoencoded, blurred or noised, {start["corrupted"] / 2:.0%} warped |
+| hardware | {platform.machine()}, {torch.get_num_threads()} CPU thread(s), bf16 autocast, torch {torch.__version__}; {last["seconds"] / 60:.0f} min beside other work |
+| train it again | `python -m infusion.world.judge_training --folder runs/judge --drawn {start["drawn"]} --minutes {start["minutes"]:.0f}` |
+
+On {figures["clean"]["pictures"]:.0f} fresh pictures of families it never saw, counting what a picture shows at all (with any other value of the attribute the
+picture would differ by 6 % of full brightness over some 4x4 pixels). "Told" is on autoencoded pictures: right where it says something, and how often it does.
+
+| | as drawn | autoencoded | told: right, of |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+Twins differ in one attribute, or in their proportions alone. {figures["clean"]["twins"]:.0f} pairs of twins that both pictures tell apart.
+"""

@@ -1,0 +1,92 @@
+"""The examination counts what it says it counts; the better checkpoint is kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from infusion.world.examination import SHARES, copying, draw, examine_base, followed, nearest_distance, variety
+from infusion.world.judge import Judge, JudgeNetwork, Reading
+from infusion.world.models import build_pipeline, build_text_encoder, build_unet
+from infusion.world.picking import BEST, keep_best
+from infusion.world.requests import Request, Wanted
+from infusion.world.tokenizer import build_tokenizer
+from tests.world.test_requests import reading
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    pipe = build_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_followed_pools_over_requests_of_one_and_of_two():
+    one = Request("", "beach", "photo", (Wanted("dog", "red"),))
+    two = Request("", "snow", "sketch", (Wanted("dog"), Wanted("cat")))
+    readings = [
+        Reading("beach", "photo", (reading("dog", "red"),)),
+        Reading("snow", None, (reading("dog", "blue"),)),
+        Reading("snow", "photo", (reading("dog"), reading("cat"))),
+    ]
+    found = followed([one, one, two], readings)
+    assert {k: (e.value, e.n) for k, e in found.items()} == {
+        "background": (0.5, 2), "style": (0.5, 2), "kind": (1, 2), "color1": (0.5, 2), "both": (1, 1),
+    }  # fmt: skip
+
+
+def test_variety_beside_the_worlds_shares():
+    readings = [Reading("beach", "photo", (reading(color1="red", pattern="plain"),))] * 3
+    readings += [Reading("beach", "photo", (reading(color1="blue", pattern=None),)), Reading("beach", "photo", ())]
+    found = variety(readings)
+    assert found["color1"]["shares"]["red"] == 0.75
+    assert found["color1"]["distance"] == pytest.approx((0.65 + 0.15 + 8 * 0.1) / 2)
+    assert (found["pattern"]["n"], found["pattern"]["distance"]) == (3, 0.75)
+    assert found["accessory"]["missing"] == ["hat", "scarf", "star"]
+    assert all(sum(shares.values()) == pytest.approx(1) for shares in SHARES.values())
+
+
+def test_distances_against_a_loop():
+    rng = np.random.default_rng(0)
+    pictures, training = (rng.integers(0, 256, (n, 64, 64, 3), dtype=np.uint8) for n in (3, 7))
+    found = nearest_distance(torch.from_numpy(pictures), training, block=3)
+    small = [x.reshape(-1, 32, 2, 32, 2, 3).mean((2, 4)) / 255 for x in (pictures, training)]
+    loop = [min(float(np.sqrt(((p - t) ** 2).mean())) for t in small[1]) for p in small[0]]
+    assert found.tolist() == pytest.approx(loop, rel=1e-3)
+    assert float(nearest_distance(torch.from_numpy(training[:1]), training)) == pytest.approx(0, abs=1e-3)
+
+
+def test_a_base_is_examined(pipe):
+    torch.manual_seed(0)
+    record = examine_base(pipe, Judge(JudgeNetwork()), single=3, double=2, plain=4)
+    assert record["pictures"] == 9
+    assert record["followed"]["kind"]["n"] == 3
+    assert record["followed"]["both"]["n"] == 2
+    assert record["variety"].keys() == {"color1", "pattern", "accessory"}
+    again = draw(pipe, ["a dog", "a cat"], [1, 2], steps=2)
+    assert torch.equal(again, draw(pipe, ["a dog", "a cat"], [1, 2], steps=2))
+    assert again.shape == (2, 64, 64, 3)
+    training = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    found = copying(pipe, training, count=2)
+    assert found["generated"]["n"] == 2
+    assert found["fresh"]["value"] > 0
+
+
+def test_the_better_checkpoint_is_kept(tmp_path):
+    text, unet = build_text_encoder(build_tokenizer()), build_unet()
+    parameter = next(unet.parameters())
+
+    def score() -> float:
+        return float(parameter.detach().flatten()[0])
+
+    with torch.no_grad():
+        parameter.flatten()[0] = 5.0
+    assert keep_best(tmp_path, text, unet, score) == (5.0, None)
+    torch.save({"unet": unet.state_dict(), "text_encoder": text.state_dict()}, tmp_path / BEST)
+    for now, kept in ((7.0, 7.0), (3.0, 5.0)):
+        with torch.no_grad():
+            parameter.flatten()[0] = now
+        assert keep_best(tmp_path, text, unet, score) == (now, 5.0)
+        assert score() == kept
