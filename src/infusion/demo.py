@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -28,6 +29,8 @@ from infusion.photos import load_photos
 from infusion.pipelines import attach
 from infusion.report.page import Grid, Page, Row, write_page
 from infusion.training import LearnConfig, LearnState, learning
+from infusion.world.judge import load_judge
+from infusion.world.questions import in_words
 from infusion.world.scenes import few_modalities, render
 from infusion.world.subjects import Subject
 
@@ -166,6 +169,7 @@ def _overlay(picture: Image.Image, mask: Tensor) -> Image.Image:
 
 def _page(result: Compared, config: LearnConfig, seconds: float) -> Page:
     samples = config.steps * config.batch
+    read = _captions()
     learned, *_, tuned = result.seconds.values()  # in the order of training: Infusion first, the fine-tune last
     size = result.concept_path.stat().st_size
     return Page(
@@ -185,23 +189,27 @@ def _page(result: Compared, config: LearnConfig, seconds: float) -> Page:
             ),
             Grid(
                 "Same prompts, same seeds",
-                "Every column is one prompt and one seed. The last two prompts do not name the subject at all.",
+                "Every column is one prompt and one seed. The last two prompts do not name the subject at all. "
+                "Under each picture: what the judge, a small network that knows this world, reads from it; what it is not sure of it leaves out.",
                 [p.format(f"a <{NAME}>") for p in PROMPTS],
                 [
                     Row(
                         "Base model",
                         f'the plain word "a {MILO.kind}": some {MILO.kind}, not Milo',
                         [p.image for p in result.base],
+                        read(result.base),
                     ),
                     Row(
                         "Infusion",
                         f"{size:,} bytes, {learned:.0f} s; base untouched",
                         [p.image for p in result.infusion],
+                        read(result.infusion),
                     ),
                     Row(
                         "Full fine-tune",
                         f"a whole copy of the network, {tuned:.0f} s, same {samples:,} samples",
                         [p.image for p in result.finetune],
+                        read(result.finetune),
                     ),
                 ],
                 highlight="Infusion",
@@ -222,6 +230,16 @@ def _page(result: Compared, config: LearnConfig, seconds: float) -> Page:
             ("Whole run", f"{seconds:.0f} s on {torch.get_num_threads()} CPU threads, torch {torch.__version__}"),
         ],
     )
+
+
+def _captions() -> Callable[[Sequence[Picture]], list[str]]:
+    """What the judge reads from pictures; nothing where its weights are missing."""
+    try:
+        judge = load_judge()
+    except FileNotFoundError:
+        return lambda pictures: []
+    pixels = lambda picture: torch.from_numpy(np.array(picture.image.convert("RGB")))  # noqa: E731
+    return lambda pictures: [in_words(r) for r in judge.read(torch.stack([pixels(p) for p in pictures]))]
 
 
 def _emptied(folder: Path) -> Path:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from infusion.world.judge import Reading, SubjectReading
-from infusion.world.questions import answers, asked, both, shown
+from infusion.world.questions import answers, asked, both, in_words, shown
 from infusion.world.requests import Request, Wanted, described, phrase, unseen_requests
 from infusion.world.scenes import Placed, Scene, held_out
 from infusion.world.subjects import Subject
@@ -63,6 +63,12 @@ def test_what_cannot_be_told_is_wrong_and_what_is_not_asked_does_not_count():
     assert answers(request, nothing)["kind"] is False
     assert shown(nothing)["color1"] is None
     assert asked(replace(request, style="sepia"))["color1"] is None
+
+
+def test_a_reading_in_words():
+    two = Reading("beach", None, (reading(accessory="hat"), reading("car", None, 0.8, color2=None, pattern=None)))
+    assert in_words(two) == "dog red blue plain hat, left; car, right; beach"
+    assert in_words(Reading(None, None, ())) == ""
 
 
 def test_two_subjects_each_with_its_own_color():

@@ -16,11 +16,12 @@ from infusion.errors import InfusionError
 
 @dataclass(frozen=True)
 class Row:
-    """A row of pictures: its label and a sentence on what it shows."""
+    """A row of pictures: its label and a sentence on what it shows. captions: a few words under each picture, if any."""
 
     label: str
     note: str
     images: Sequence[Image.Image]
+    captions: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,18 @@ def shown(reading: Reading) -> dict[str, str | None]:
     return values | {name: getattr(first, name) if first else None for name in SUBJECT}
 
 
+def in_words(reading: Reading) -> str:
+    """The reading as a caption: "dog purple yellow spotted, left; beach, sketch"; what cannot be told is left out."""
+    said = [
+        " ".join(v for v in (s.kind, s.color1, s.color2, s.pattern) if v)
+        + (f" {s.accessory}" if s.accessory not in (None, "none") else "")
+        + f", {s.position}"
+        for s in reading.subjects
+    ]
+    scene = ", ".join(v for v in (reading.background, reading.style) if v)
+    return "; ".join(v for v in (*said, scene) if v)
+
+
 def asked(request: Request) -> dict[str, str | None]:
     """What the request wants of a single subject and its scene; None where it leaves that open or the style hides it."""
     (wanted,) = request.subjects
