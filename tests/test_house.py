@@ -20,6 +20,7 @@ ORDER = (
     ("pipelines", "lesson", "naive"),
     ("training", "methods", "generation", "base", "sheets", "report"),
     ("diagnosis", "demo", "adapters"),
+    ("features", "judged"),
     ("evaluation",),
     ("steering",),
     ("bench",),

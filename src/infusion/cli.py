@@ -217,6 +217,8 @@ def evaluate(
         str | None, typer.Option(help='How prompts call it: "sks dog". By default <name>, or "a WORD".')
     ] = None,
     seeds: Annotated[int, typer.Option(help="Pictures a prompt, by the base and by the adapter.")] = 10,
+    clip: Annotated[str | None, typer.Option(help="CLIP weights for CLIP-I and CLIP-T: a folder or a hub id.")] = None,
+    dino: Annotated[str | None, typer.Option(help="DINO weights for subject fidelity: a folder or a hub id.")] = None,
     device: Device = None,
     dtype: DType = "fp32",
 ) -> None:
@@ -226,16 +228,19 @@ def evaluate(
         from infusion.base import load_base
         from infusion.evaluation import EvaluateConfig, write_report
         from infusion.evaluation import evaluate as measure
+        from infusion.features import load_features
         from infusion.photos import load_photos
         from infusion.steering import read_checkups
 
         config = EvaluateConfig(seeds=seeds)
         pictures = load_photos(photos)
         loaded = load_adapter(adapter, word, subject)
+        spaces = load_features(clip, dino)
         _writable(out / "report.html")
         _known_word(base, word)
         pipe = load_base(base, device, dtype)
-        evaluation = measure(pipe, loaded, pictures, word, config, told)
+        judge = _judge() if base == "embedded" else None
+        evaluation = measure(pipe, loaded, pictures, word, config, told, spaces, judge)
         report = write_report(evaluation, out, base, adapter.name, read_checkups(adapter))
     for sentence in evaluation.verdict:
         say.print(sentence)
@@ -281,6 +286,15 @@ def main() -> None:
             raise
         show()
         sys.exit(getattr(error, "exit_code", 2))
+
+
+def _judge() -> Any:
+    """The shipped judge, or None where its weights are missing."""
+    from infusion.world.judge import load_judge
+
+    with contextlib.suppress(FileNotFoundError):
+        return load_judge()
+    return None
 
 
 def _writable(path: Path) -> None:

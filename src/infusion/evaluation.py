@@ -3,14 +3,15 @@
     evaluation = evaluate(pipe, load_adapter("milo.safetensors", "dog"), load_photos("photos/milo"), "dog")
 
 Base and adapter draw the same prompts with the same seeds. Features are the autoencoder's latents, centred on the
-base's pictures, so that no weights beside the base's own are needed; what CLIP or DINO would add is left out and named.
+base's pictures, so that no weights beside the base's own are needed; CLIP and DINO come in where their weights are given, the judge on the
+embedded base; what is left out is named.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from infusion.errors import InfusionError
+from infusion.features import FeatureFigures, Features, feature_figures, left_out
 from infusion.generation import Picture, denoiser, generate
+from infusion.judged import JudgedFigures, judged_figures
 from infusion.lesson import Lesson, encode_pictures, prepare_lesson
 from infusion.methods.interface import Adapter, rebuilt
 from infusion.metrics.estimate import Estimate, bootstrap, paired
@@ -30,6 +33,7 @@ from infusion.metrics.wasserstein import GaussianW2, empirical_w2, gaussian_w2, 
 from infusion.photos import Photo
 from infusion.report.curve import line_chart
 from infusion.report.page import Grid, Page, Row, write_page
+from infusion.world.judge import Judge
 
 PROMPTS = (
     "a photo of {} on the beach",
@@ -49,7 +53,7 @@ OTHERS = (
     "a house in the forest",
     "a sketch of a bird",
 )
-LEFT_OUT = ("CLIP-I, CLIP-T", "DINO", "LPIPS")
+LPIPS = "LPIPS: not offered; its weights come with torchvision, which is not a dependency"
 
 # progress("Drawing", done, of)
 Progress = Callable[[str, int, int], None]
@@ -70,10 +74,10 @@ class EvaluateConfig:
     dimensions: int = 32
 
     def __post_init__(self) -> None:
-        for field in ("seeds", "other_seeds", "dimensions"):
-            if getattr(self, field) < 2:
+        for name in ("seeds", "other_seeds", "dimensions"):
+            if getattr(self, name) < 2:
                 raise InfusionError(
-                    f"{field} is {getattr(self, field)}; it must be at least 2, or nothing can be said of variety."
+                    f"{name} is {getattr(self, name)}; it must be at least 2, or nothing can be said of variety."
                 )
         if len(set(self.prompts)) < 2 or len(set(self.others)) < len(self.others) or not self.others:
             raise InfusionError("prompts must hold at least two, and others at least one, none of them twice.")
@@ -90,7 +94,8 @@ class Figures:
     class word alone, where only a prior that is preserved holds. w2, w2_exact: distance to the base's pictures of the class in
     the principal components of both, Gaussian and by optimal transport. background: similarity to the photos outside
     the subject, None where the photos show no background. nearest_photo: of the whole picture, the subject
-    included. variety: mean Euclidean distance among pictures of one prompt.
+    included. variety: mean Euclidean distance among pictures of one prompt. features: by feature space, where weights were
+    given. judged: on the embedded base.
     """
 
     forgetting: FisherDivergence
@@ -105,6 +110,8 @@ class Figures:
     variety_base: Estimate
     variety_above: Estimate
     pictures: int
+    features: dict[str, FeatureFigures] = field(default_factory=dict)
+    judged: JudgedFigures | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,7 @@ class Evaluation:
     nearest: list[int]
     lesson: Lesson
     config: EvaluateConfig
+    left_out: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -128,8 +136,12 @@ def evaluate(
     word: str,
     config: EvaluateConfig | None = None,
     progress: Progress | None = None,
+    spaces: Sequence[Features] = (),
+    judge: Judge | None = None,
 ) -> Evaluation:
     """Measure `adapter` on its base `pipe` against the photos it was learned from. Leaves nothing on the pipeline.
+
+    spaces: feature spaces beside the autoencoder's latents. judge: for the embedded base alone.
 
     Raises InfusionError for an adapter of another base.
     """
@@ -158,7 +170,15 @@ def evaluate(
     told("Measuring", 0, 1)
     forgotten = forgetting(pipe, adapter, [{o: latents[o] for o in others}, {generic: latents[generic]}], config.seed)
     figures, nearest_photos = _figures(pipe, lesson, base, ours, forgotten, config)
-    return Evaluation(adapter.subject, figures, verdict(figures), base, ours, nearest_photos, lesson, config)
+    pictures = [p.image for p in ours], [p.image for p in base], list(lesson.pictures)
+    plain = [t.format(f"a {word}") for t in texts]
+    figures = replace(
+        figures,
+        features={space.name: feature_figures(space, *pictures, plain) for space in spaces},
+        judged=judged_figures(judge, *pictures, plain) if judge else None,
+    )
+    missing = (*left_out(spaces), LPIPS)
+    return Evaluation(adapter.subject, figures, verdict(figures), base, ours, nearest_photos, lesson, config, missing)
 
 
 def verdict(f: Figures) -> tuple[str, ...]:
@@ -228,7 +248,8 @@ def write_report(
             ("Variety within a prompt; the base's", f"{f.variety}; {f.variety_base}"),
             ("Pictures by each", str(f.pictures)),
             ("Features", "the autoencoder's latents, centred on the base's pictures"),
-            ("Left out, for want of weights", ", ".join(LEFT_OUT)),
+            *_feature_facts(f),
+            *(("Left out, for want of weights", told) for told in e.left_out),
             ("Base; adapter", f"{base}; {adapter}"),
         ],
         charts=_curves(checkups),
@@ -239,11 +260,40 @@ def write_report(
         "verdict": e.verdict,
         "figures": asdict(f),
         "settings": asdict(e.config),
-        "left_out": LEFT_OUT,
+        "left_out": e.left_out,
         "checkups": list(checkups),
     }
     (folder / "figures.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     return path
+
+
+def _feature_facts(f: Figures) -> list[tuple[str, str]]:
+    facts = []
+    for name, x in f.features.items():
+        facts += [(f"{name}: like the photos", str(x.subject)), ("The same, above the base's", str(x.subject_above))]
+        if x.text and x.text_above:
+            facts += [(f"{name}: like the prompt", str(x.text)), ("The same, above the base's", str(x.text_above))]
+    if j := f.judged:
+        facts += [
+            ("Judge: like the photos' subject", str(j.likeness)),
+            ("The same, above the base's", str(j.likeness_above)),
+        ]
+        if j.attributes and j.attributes_above:
+            facts += [("Judge: the subject's colours, pattern and accessory", str(j.attributes))]
+            facts += [("The same, above the base's", str(j.attributes_above))]
+        if j.text and j.text_above:
+            facts += [
+                ("Judge: background, style and place as asked", str(j.text)),
+                ("The same, above the base's", str(j.text_above)),
+            ]
+        facts += [
+            (
+                f"Judge: the photos' {name} where another was asked for, above the base's",
+                f"{leaked.above}; {leaked.unread} not read",
+            )
+            for name, leaked in j.leaks.items()
+        ]
+    return facts
 
 
 def _curves(checkups: Sequence[Mapping[str, Any]]) -> list[str]:

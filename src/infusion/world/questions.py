@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from infusion.world.judge import Reading, SubjectReading
 from infusion.world.requests import Request, Wanted
 from infusion.world.truth import COLORED
+from infusion.world.vocabulary import BACKGROUND_PHRASES, POSITION_PHRASES, STYLE_PREFIXES, STYLE_SUFFIXES, STYLES
 
 SCENE = ("background", "style")
 SUBJECT = ("kind", "color1", "color2", "pattern", "accessory", "position")
@@ -39,6 +40,24 @@ def asked(request: Request) -> dict[str, str | None]:
     return values | {
         name: getattr(wanted, name) if colors or not name.startswith("color") else None for name in SUBJECT
     }
+
+
+def asked_in(prompt: str) -> dict[str, str | None]:
+    """Background, style and position that a prompt's words ask for, None for what they leave open. A prompt without a style asks for
+    none, though the world takes it for a photo."""
+    text = f" {prompt.lower()} "
+    phrases = {
+        "background": BACKGROUND_PHRASES,
+        "style": {s: (*STYLE_PREFIXES[s], *STYLE_SUFFIXES[s]) for s in STYLES},
+        "position": POSITION_PHRASES,
+    }
+    return {name: _longest(text, meanings) for name, meanings in phrases.items()}
+
+
+def _longest(text: str, meanings: Mapping[str, Sequence[str]]) -> str | None:
+    """The meaning of the longest phrase that the text holds as whole words."""
+    found = [(len(p), meaning) for meaning, phrases in meanings.items() for p in phrases if f" {p} " in text]
+    return max(found)[1] if found else None
 
 
 def answers(request: Request, reading: Reading) -> dict[str, bool]:

@@ -1,0 +1,143 @@
+"""Feature spaces of pictures and texts from weights that the user has: CLIP, DINO; nothing is downloaded unless it is named by a hub id.
+
+spaces = load_features(clip="weights/clip-vit-base-patch32", dino="weights/dinov2-small")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
+
+from infusion.errors import InfusionError
+from infusion.metrics.estimate import Estimate, bootstrap, paired
+from infusion.metrics.similarity import cosines
+
+
+class Features(Protocol):
+    """A feature space: pictures to (n, d); texts to (n, d) in the same space, or None where it has none."""
+
+    name: str
+
+    def pictures(self, images: Sequence[Image.Image]) -> Tensor: ...
+
+    def texts(self, texts: Sequence[str]) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class Clip:
+    """CLIP's image and text embeddings."""
+
+    model: CLIPModel
+    processor: Any
+    name: str = "CLIP"
+
+    @torch.no_grad()
+    def pictures(self, images: Sequence[Image.Image]) -> Tensor:
+        """(n, d) image embeddings."""
+        pixels = self.processor(images=[i.convert("RGB") for i in images], return_tensors="pt")["pixel_values"]
+        return _tensor(self.model.get_image_features(pixel_values=pixels))
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """(n, d) text embeddings."""
+        tokens = self.processor(text=list(texts), return_tensors="pt", padding=True, truncation=True)
+        return _tensor(self.model.get_text_features(**tokens))
+
+
+@dataclass(frozen=True)
+class Dino:
+    """The class token of a DINO or DINOv2 vision transformer."""
+
+    model: Any
+    processor: Any
+    name: str = "DINO"
+
+    @torch.no_grad()
+    def pictures(self, images: Sequence[Image.Image]) -> Tensor:
+        """(n, d) class tokens."""
+        pixels = self.processor(images=[i.convert("RGB") for i in images], return_tensors="pt")["pixel_values"]
+        return self.model(pixel_values=pixels).last_hidden_state[:, 0]
+
+    def texts(self, texts: Sequence[str]) -> None:
+        """DINO knows no texts."""
+        return None
+
+
+@dataclass(frozen=True)
+class FeatureFigures:
+    """In one feature space: subject fidelity (mean cosine to the photos), text alignment (cosine to the prompt with the class
+    word; None without texts), and the paired differences to the base's pictures of the same prompts and seeds."""
+
+    subject: Estimate
+    subject_above: Estimate
+    text: Estimate | None
+    text_above: Estimate | None
+
+
+def load_features(clip: str | None = None, dino: str | None = None) -> tuple[Features, ...]:
+    """The spaces whose weights are given, as a folder or a hub id. Raises InfusionError for weights that cannot be loaded."""
+    found: list[Features] = []
+    if clip:
+        found.append(
+            _loaded(
+                "CLIP", clip, lambda: Clip(CLIPModel.from_pretrained(clip).eval(), AutoProcessor.from_pretrained(clip))
+            )
+        )
+    if dino:
+        found.append(
+            _loaded(
+                "DINO",
+                dino,
+                lambda: Dino(AutoModel.from_pretrained(dino).eval(), AutoImageProcessor.from_pretrained(dino)),
+            )
+        )
+    return tuple(found)
+
+
+def feature_figures(
+    space: Features,
+    custom: Sequence[Image.Image],
+    base: Sequence[Image.Image],
+    photos: Sequence[Image.Image],
+    texts: Sequence[str],
+) -> FeatureFigures:
+    """Figures of pictures (n) beside the base's (n) of the same prompts `texts` (n) and seeds."""
+    ours, theirs, real = (space.pictures(part) for part in (custom, base, photos))
+    like = [cosines(x, real).mean(1) for x in (ours, theirs)]
+    words = space.texts(texts)
+    follows = None if words is None else [torch.cosine_similarity(x.double(), words.double()) for x in (ours, theirs)]
+    return FeatureFigures(
+        bootstrap(like[0]),
+        paired(like[0], like[1]),
+        None if follows is None else bootstrap(follows[0]),
+        None if follows is None else paired(follows[0], follows[1]),
+    )
+
+
+def left_out(spaces: Sequence[Features]) -> list[str]:
+    """What is not measured for want of weights, each with how to get it."""
+    missing = {
+        "CLIP": "CLIP-I and CLIP-T: give --clip openai/clip-vit-base-patch32 or a folder of it",
+        "DINO": "DINO: give --dino facebook/dino-vits16 or a folder of it",
+    }
+    return [told for name, told in missing.items() if name not in {s.name for s in spaces}]
+
+
+def _loaded(kind: str, source: str, load: Any) -> Features:
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InfusionError(
+            f"The {kind} weights {source!r} cannot be loaded ({str(error).splitlines()[0][:160]}); give a folder with config, weights and preprocessor."
+        ) from None
+
+
+def _tensor(output: Any) -> Tensor:
+    """Newer transformers give an output object, older ones the tensor."""
+    return output if isinstance(output, Tensor) else output.pooler_output

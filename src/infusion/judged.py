@@ -1,0 +1,93 @@
+"""What the judge adds to an evaluation on the embedded base: the truth about subject, prompt and leaks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from infusion.metrics.estimate import Estimate, bootstrap, paired
+from infusion.metrics.leaks import Leak, leak
+from infusion.world.judge import Judge, Reading
+from infusion.world.questions import asked_in, shown
+
+SCENE = ("background", "style", "position")
+ATTRIBUTES = ("color1", "color2", "pattern", "accessory")
+
+
+@dataclass(frozen=True)
+class JudgedFigures:
+    """likeness: cosine of the judge's embedding to the photos' subject. attributes: mean share of the subject's colours, pattern and
+    accessory, as the judge reads them from the photos, that a picture shows too. text: share of background, style and position asked for that are
+    there. Each with the paired difference to the base. leaks: how often the photos' own comes back where another was asked
+    for; only what all photos share is looked for."""
+
+    likeness: Estimate
+    likeness_above: Estimate
+    attributes: Estimate | None
+    attributes_above: Estimate | None
+    text: Estimate | None
+    text_above: Estimate | None
+    leaks: dict[str, Leak]
+
+
+def judged_figures(
+    judge: Judge,
+    custom: Sequence[Image.Image],
+    base: Sequence[Image.Image],
+    photos: Sequence[Image.Image],
+    prompts: Sequence[str],
+) -> JudgedFigures:
+    """Figures of pictures (n) beside the base's (n) of the same prompts (n) and seeds."""
+    ours, theirs, real = (judge.read(_pixels(part)) for part in (custom, base, photos))
+    truth = torch.nn.functional.normalize(
+        torch.stack([r.subjects[0].embedding for r in real if r.subjects] or [torch.ones(1)]).mean(0), dim=0
+    )
+    like = [torch.tensor([_likeness(r, truth) for r in part]) for part in (ours, theirs)]
+    common = {name: _common([shown(r)[name] for r in real]) for name in (*ATTRIBUTES, *SCENE)}
+    right = [[_share(shown(r), {n: common[n] for n in ATTRIBUTES}) for r in part] for part in (ours, theirs)]
+    asked = [asked_in(p) for p in prompts]
+    follows = [[_share(shown(r), a) for r, a in zip(part, asked, strict=True)] for part in (ours, theirs)]
+    leaks = {}
+    for name in SCENE:
+        trained = common[name]
+        wanted = [a.get(name) for a in asked]
+        if trained and any(w not in (None, trained) for w in wanted):
+            try:
+                leaks[name] = leak([shown(r)[name] for r in ours], [shown(r)[name] for r in theirs], wanted, trained)
+            except ValueError:  # no picture of these could be read
+                continue
+    attributes, text = _both(right), _both(follows)
+    return JudgedFigures(bootstrap(like[0]), paired(like[0], like[1]), *attributes, *text, leaks)
+
+
+def _both(shares: Sequence[Sequence[float | None]]) -> tuple[Estimate | None, Estimate | None]:
+    kept = [(a, b) for a, b in zip(*shares, strict=True) if a is not None and b is not None]
+    if not kept:
+        return None, None
+    ours, theirs = (torch.tensor(part, dtype=torch.float64) for part in zip(*kept, strict=True))
+    return bootstrap(ours), paired(ours, theirs)
+
+
+def _share(told: dict[str, str | None], wanted: dict[str, str | None]) -> float | None:
+    hits = [told[name] == value for name, value in wanted.items() if value is not None]
+    return sum(hits) / len(hits) if hits else None
+
+
+def _common(values: Sequence[str | None]) -> str | None:
+    """What more than half of the photos show."""
+    value, count = Counter(values).most_common(1)[0]
+    return value if count > len(values) / 2 else None
+
+
+def _likeness(reading: Reading, truth: Tensor) -> float:
+    return float(reading.subjects[0].embedding @ truth) if reading.subjects and len(truth) > 1 else 0.0
+
+
+def _pixels(pictures: Sequence[Image.Image]) -> Tensor:
+    return torch.stack([torch.from_numpy(np.array(p.convert("RGB"))) for p in pictures])

@@ -1,0 +1,156 @@
+"""Feature spaces on checkpoints that the tests make: ours equals the models written out; the judge's figures against counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
+
+from infusion.errors import InfusionError
+from infusion.features import feature_figures, left_out, load_features
+from infusion.judged import judged_figures
+from infusion.world.judge import Reading
+from infusion.world.questions import asked_in
+from infusion.world.tokenizer import build_tokenizer
+from tests.world.test_requests import reading
+
+
+def pictures(count, seed):
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    text = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": len(tokenizer),
+        "max_position_embeddings": 32, "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dino")
+    torch.manual_seed(1)
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return str(folder)
+
+
+def test_figures_equal_the_models_written_out(clip, dino):
+    spaces = load_features(clip, dino)
+    assert [s.name for s in spaces] == ["CLIP", "DINO"]
+    custom, base, photos, texts = (
+        pictures(3, 0),
+        pictures(3, 1),
+        pictures(2, 2),
+        ["a dog", "a red car", "a cat in snow"],
+    )
+    found = feature_figures(spaces[0], custom, base, photos, texts)
+    model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
+    with torch.no_grad():
+        out = model(**processor(text=texts, images=custom + base + photos, return_tensors="pt", padding=True))
+    unit, words = out.image_embeds, out.text_embeds
+    assert found.subject.value == pytest.approx(float((unit[:3] @ unit[6:].T).mean()), abs=1e-5)
+    assert found.subject_above.value == pytest.approx(
+        float((unit[:3] @ unit[6:].T).mean() - (unit[3:6] @ unit[6:].T).mean()), abs=1e-5
+    )
+    assert found.text.value == pytest.approx(float((unit[:3] * words).sum(1).mean()), abs=1e-5)
+    assert found.text_above.value == pytest.approx(float(((unit[:3] - unit[3:6]) * words).sum(1).mean()), abs=1e-5)
+    plain = feature_figures(spaces[1], custom, base, photos, texts)
+    assert plain.text is None
+    assert plain.text_above is None
+    pixels = ViTImageProcessorPil.from_pretrained(dino)(images=custom[0], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        token = ViTModel.from_pretrained(dino).eval()(pixels).last_hidden_state[:, 0]
+    assert torch.allclose(spaces[1].pictures(custom[:1]), token, atol=1e-5)
+
+
+def test_what_is_missing_is_named_with_how_to_get_it(clip, tmp_path):
+    assert load_features() == ()
+    assert [m.split(":")[0] for m in left_out(())] == ["CLIP-I and CLIP-T", "DINO"]
+    assert [m.split(":")[0] for m in left_out(load_features(clip))] == ["DINO"]
+    with pytest.raises(InfusionError, match=r"CLIP weights .* cannot be loaded"):
+        load_features(clip=str(tmp_path))
+
+
+def test_what_a_prompt_asks_for():
+    assert asked_in("a sketch of a dog on the left in the snow") == {
+        "background": "snow",
+        "style": "sketch",
+        "position": "left",
+    }
+    assert asked_in("a dog next to a car on the street") == {"background": None, "style": None, "position": None}
+    assert asked_in("a neon picture of a cat in the city")["style"] == "neon"  # not "a picture of"
+    assert asked_in("a photo of a dog on desert sand")["background"] == "desert"
+
+
+class Told:
+    """A judge that says what it is told, one part of the pictures after another."""
+
+    def __init__(self, *parts):
+        self.parts = iter(parts)
+
+    def read(self, pixels):
+        return next(self.parts)
+
+
+def test_judged_figures():
+    photo = Reading("beach", "photo", (reading("dog", "red", x=0.5),))
+    right = Reading("snow", "photo", (reading("dog", "red"),))
+    leaky = Reading("beach", "photo", (reading("dog", "green"),))
+    nothing = Reading(None, "photo", ())
+    prompts = [
+        "a photo of a dog on the left in the snow",
+        "a photo of a dog in the snow",
+        "a photo of a dog in the snow",
+    ]
+    judge = Told([right, leaky, nothing], [leaky, right, right], [photo, photo, leaky])
+    found = judged_figures(judge, *(pictures(3, i) for i in range(3)), prompts)
+    ours = [1.0, 0.75, 0.0]  # red blue plain none; green is wrong; nothing was found
+    theirs = [0.75, 1.0, 1.0]
+    assert found.attributes.value == pytest.approx(sum(ours) / 3)
+    assert found.attributes_above.value == pytest.approx((sum(ours) - sum(theirs)) / 3)
+    assert found.text.value == pytest.approx((1 + 0.5 + 0.5) / 3)  # background, style and, in the first, position
+    assert found.likeness.value == pytest.approx(2 / 3 * 48**0.5, rel=1e-4)
+    assert found.leaks.keys() == {"background", "position"}  # no prompt asks for another style
+    assert found.leaks["background"].custom.value == 0.5
+    assert found.leaks["background"].base.value == 0.5
+    assert found.leaks["background"].unread == 1
+    assert found.leaks["position"].custom.value == 0
+
+
+def test_photos_without_a_subject_are_no_error():
+    empty = Reading("beach", "photo", ())
+    found = judged_figures(Told([empty], [empty], [empty]), *(pictures(1, i) for i in range(3)), ["a dog"])
+    assert found.likeness.value == 0
+    assert found.text is None
+    assert found.leaks == {}
