@@ -18,7 +18,7 @@ from infusion.prompts import Mention
 from infusion.streams import Plan, Streams, value_lengths
 from infusion.training import LearnConfig
 from infusion.world.captions import caption
-from infusion.world.dataset import CAPTIONS_PER_SCENE, Dataset, encode_caption
+from infusion.world.dataset import CAPTIONS_PER_SCENE, Dataset, attributes, encode_caption
 from infusion.world.grounding import BARS
 from infusion.world.release import WEIGHTS
 from infusion.world.scenes import held_out, random_scene, render
@@ -62,6 +62,7 @@ def gate_of(base, scenes):
     data = Dataset(
         np.stack([d.pixels for d in drawn]),
         masks,
+        np.stack([attributes(d.scene) for d in drawn]),
         np.array([[ids for ids, _ in e] for e in encoded]),
         np.array([[words for _, words in e] for e in encoded]),
     )
