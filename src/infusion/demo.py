@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -22,6 +21,7 @@ from torch import Tensor
 from infusion.base import load_base
 from infusion.concept import Concept
 from infusion.generation import Picture, generate, save_pictures
+from infusion.judged import stacked
 from infusion.lesson import Lesson, prepare_lesson
 from infusion.methods.dreambooth import DreamBoothConfig, dreambooth
 from infusion.methods.interface import MethodState, rebuilt
@@ -238,8 +238,7 @@ def _captions() -> Callable[[Sequence[Picture]], list[str]]:
         judge = load_judge()
     except FileNotFoundError:
         return lambda pictures: []
-    pixels = lambda picture: torch.from_numpy(np.array(picture.image.convert("RGB")))  # noqa: E731
-    return lambda pictures: [in_words(r) for r in judge.read(torch.stack([pixels(p) for p in pictures]))]
+    return lambda pictures: [in_words(r) for r in judge.read(stacked([p.image for p in pictures]))]
 
 
 def _emptied(folder: Path) -> Path:

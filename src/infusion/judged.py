@@ -44,11 +44,9 @@ def judged_figures(
     prompts: Sequence[str],
 ) -> JudgedFigures:
     """Figures of pictures (n) beside the base's (n) of the same prompts (n) and seeds."""
-    ours, theirs, real = (judge.read(_pixels(part)) for part in (custom, base, photos))
-    truth = torch.nn.functional.normalize(
-        torch.stack([r.subjects[0].embedding for r in real if r.subjects] or [torch.ones(1)]).mean(0), dim=0
-    )
-    like = [torch.tensor([_likeness(r, truth) for r in part]) for part in (ours, theirs)]
+    ours, theirs, real = (judge.read(stacked(part)) for part in (custom, base, photos))
+    truth = photo_embedding(real)
+    like = [torch.tensor([likeness(r, truth) for r in part]) for part in (ours, theirs)]
     common = {name: _common([shown(r)[name] for r in real]) for name in (*ATTRIBUTES, *SCENE)}
     right = [[_share(shown(r), {n: common[n] for n in ATTRIBUTES}) for r in part] for part in (ours, theirs)]
     asked = [asked_in(p) for p in prompts]
@@ -85,9 +83,17 @@ def _common(values: Sequence[str | None]) -> str | None:
     return value if count > len(values) / 2 else None
 
 
-def _likeness(reading: Reading, truth: Tensor) -> float:
-    return float(reading.subjects[0].embedding @ truth) if reading.subjects and len(truth) > 1 else 0.0
+def photo_embedding(photos: Sequence[Reading]) -> Tensor | None:
+    """The subject's mean embedding over its photos, of unit length; None where no photo shows one."""
+    found = [r.subjects[0].embedding for r in photos if r.subjects]
+    return torch.nn.functional.normalize(torch.stack(found).mean(0), dim=0) if found else None
 
 
-def _pixels(pictures: Sequence[Image.Image]) -> Tensor:
+def likeness(reading: Reading, truth: Tensor | None) -> float:
+    """Cosine of the surest subject to the photos' subject; 0 where either is missing."""
+    return float(reading.subjects[0].embedding @ truth) if reading.subjects and truth is not None else 0.0
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures of one size as the judge takes them: (n, h, w, 3) uint8."""
     return torch.stack([torch.from_numpy(np.array(p.convert("RGB"))) for p in pictures])

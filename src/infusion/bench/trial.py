@@ -24,13 +24,14 @@ from infusion.bench.grid import Job
 from infusion.bench.subjects import Case, case, requests
 from infusion.evaluation import forgetting
 from infusion.generation import generate
+from infusion.judged import likeness, photo_embedding, stacked
 from infusion.lesson import Lesson, encode_pictures, prepare_lesson
 from infusion.methods import METHODS
 from infusion.methods.dreambooth import prior_lesson
 from infusion.methods.interface import Adapter, MethodState, stored_bytes
 from infusion.metrics.wasserstein import empirical_w2, principal
 from infusion.world.captions import caption
-from infusion.world.judge import Judge, Reading, load_judge
+from infusion.world.judge import Judge, load_judge
 from infusion.world.questions import shown
 from infusion.world.release import read_index
 from infusion.world.requests import Request
@@ -119,7 +120,7 @@ def measure(
     """Readings of every picture with how far it is from the photos, and the divergences of the adapter as it is now."""
     texts = [r.prompt.format(adapter.subject) for r in asked for _ in range(job.pictures)]
     seeds = [PICTURES_SEED + i for i in range(len(texts))]
-    word, truth = lesson.word, photo_embedding(judge, lesson.pictures)
+    word, truth = lesson.word, photo_embedding(judge.read(stacked(lesson.pictures)))
     plain = [f"a photo of a {word} {_where(b)}" for b in BACKGROUNDS]
     with adapter.attached(pipe) as custom:
         drawn = _drawn(custom, texts, seeds, job.denoising_steps)
@@ -127,15 +128,16 @@ def measure(
     base = _base_pictures(tuple(r.prompt.format(f"a {word}") for r in asked), job.pictures, job.denoising_steps)
     photos = torch.stack([_pixels(p) for p in lesson.pictures])
     readings = [
-        shown(reading) | {"like_subject": likeness(reading, truth), "to_nearest_photo": to_nearest(picture, photos)}
-        for reading, picture in zip(judge.read(_stack(drawn)), drawn, strict=True)
+        shown(reading)
+        | {"like_subject": round(likeness(reading, truth), 4), "to_nearest_photo": to_nearest(picture, photos)}
+        for reading, picture in zip(judge.read(stacked(drawn)), drawn, strict=True)
     ]
     other, generic = forgetting(pipe, adapter, _groups(word), job.seed)
     latents = [encode_pictures(pipe, part).double().flatten(1) for part in (drawn, base)]
     return {
         "strip": strip(drawn[:: job.pictures]) if job.subject < STRIPS and step in (0, job.points[-1]) else None,
         "readings": readings,
-        "prior_likeness": [likeness(reading, truth) for reading in judge.read(_stack(of_class))],
+        "prior_likeness": [round(likeness(reading, truth), 4) for reading in judge.read(stacked(of_class))],
         "forgetting": other.eps.value,
         "forgetting_score": other.score.value,
         "forgetting_class_word": generic.eps.value,
@@ -152,17 +154,6 @@ def strip(pictures: Sequence[Image.Image]) -> str:
     buffer = io.BytesIO()
     sheet.save(buffer, "JPEG", quality=92)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def photo_embedding(judge: Judge, photos: Sequence[Image.Image]) -> Tensor:
-    """The judge's mean embedding of the subject over its photos, of unit length."""
-    found = [r.subjects[0].embedding for r in judge.read(_stack(photos)) if r.subjects]
-    return torch.nn.functional.normalize(torch.stack(found).mean(0), dim=0)
-
-
-def likeness(reading: Reading, truth: Tensor) -> float:
-    """Cosine of the surest subject to the photos' subject; 0 where none is found."""
-    return round(float(reading.subjects[0].embedding @ truth), 4) if reading.subjects else 0.0
 
 
 def to_nearest(picture: Image.Image, photos: Tensor) -> float:
@@ -213,7 +204,3 @@ def _drawn(pipe: DiffusionPipeline, texts: list[str], seeds: list[int], steps: i
 
 def _pixels(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), np.float32) / 255)
-
-
-def _stack(pictures: Sequence[Image.Image]) -> Tensor:
-    return torch.stack([torch.from_numpy(np.array(p.convert("RGB"))) for p in pictures])
