@@ -9,7 +9,7 @@ import torch
 from infusion.world.examination import SHARES, copying, draw, examine_base, followed, nearest_distance, variety
 from infusion.world.judge import Judge, JudgeNetwork, Reading
 from infusion.world.models import build_pipeline, build_text_encoder, build_unet
-from infusion.world.picking import BEST, keep_best
+from infusion.world.picking import keep_best, save_best
 from infusion.world.requests import Request, Wanted
 from infusion.world.tokenizer import build_tokenizer
 from tests.world.test_requests import reading
@@ -84,7 +84,7 @@ def test_the_better_checkpoint_is_kept(tmp_path):
     with torch.no_grad():
         parameter.flatten()[0] = 5.0
     assert keep_best(tmp_path, text, unet, score) == (5.0, None)
-    torch.save({"unet": unet.state_dict(), "text_encoder": text.state_dict()}, tmp_path / BEST)
+    save_best(tmp_path, text, unet, 5.0)
     for now, kept in ((7.0, 7.0), (3.0, 5.0)):
         with torch.no_grad():
             parameter.flatten()[0] = now

@@ -29,6 +29,20 @@ def judged(
     return sum(right[name].value for name in ("kind", *SCENE_HEADS, "color1", "pattern", "position")) / 6
 
 
+def save_best(folder: Path, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, score: float) -> None:
+    """Write the networks as they are to BEST, with their score: a run that goes on knows by it what it has to beat."""
+    path = folder / BEST
+    state = {"score": score, "unet": unet.state_dict(), "text_encoder": text_encoder.state_dict()}
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def best_score(folder: Path) -> float:
+    """The score that BEST was saved with; minus infinity where there is none."""
+    path = folder / BEST
+    return torch.load(path, weights_only=True, map_location="cpu")["score"] if path.exists() else float("-inf")
+
+
 def keep_best(
     folder: Path, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, inspect: Callable[[], float]
 ) -> tuple[float, float | None]:

@@ -31,7 +31,7 @@ from infusion.world.dataset import Dataset, build_dataset, load_dataset, sample_
 from infusion.world.grounding import grounding_loss, recorded_maps
 from infusion.world.judge import Judge, load_judge
 from infusion.world.models import build_autoencoder, build_scheduler, build_text_encoder, build_unet
-from infusion.world.picking import BEST, judged, keep_best
+from infusion.world.picking import best_score, judged, keep_best, save_best
 from infusion.world.release import read_weights
 from infusion.world.segmentation import (
     SegmentationHead,
@@ -119,7 +119,7 @@ def train_base(
 
     Every step yields; every `save_every` steps and at the end a checkpoint is written to `folder`,
     from which a later call with the same folder goes on. inspect: a score of the networks as they are, higher is
-    better; the best averaged weights by it are kept in `folder` as BEST.
+    better; the best averaged weights by it are kept in `folder` (`picking.save_best`).
     """
     set_seed(config.seed)
     device = accelerator.device
@@ -145,7 +145,8 @@ def train_base(
         for group in optimizer.param_groups:
             group["fused"] = True
         ema.load_state_dict(state["ema"])
-        step, spent, best = state["step"], state["seconds"], state.get("best", best)
+        step, spent = state["step"], state["seconds"]
+        best = best_score(folder)
     alphas = build_scheduler().alphas_cumprod.to(device)
     table = meanings(build_tokenizer()).to(device)
     limit = config.minutes * 60
@@ -158,7 +159,6 @@ def train_base(
             "ema": ema.state_dict(),
             "step": step,
             "seconds": spent,
-            "best": best,
         }
         torch.save(state, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)
@@ -215,7 +215,7 @@ def train_base(
                     measured = validate(text_encoder, unet, *validation)
                 if judges and (score := inspect()) > best:
                     best = score
-                    torch.save({"unet": unet.state_dict(), "text_encoder": text_encoder.state_dict()}, folder / BEST)
+                    save_best(folder, text_encoder, unet, score)
                 ema.restore(networks.parameters())
                 records.clear()
             losses = [float(loss) for loss in (denoising, grounding, separation, segmentation, attribute)]
