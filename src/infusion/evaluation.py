@@ -347,9 +347,8 @@ def _figures(
     small = principal(b.flatten(1), c.flatten(1), dimensions=config.dimensions)
     found, similarity = nearest(c.flatten(1), photos.flatten(1))
     base_similarity = nearest(b.flatten(1), photos.flatten(1))[1]
-    outside = (lesson.masks.amax(0) < 0.3).cpu()
     background = above = None
-    if outside.double().mean() > 0.15:
+    if (outside := lesson.outside()) is not None:
         like = [cosines(x[:, :, outside].flatten(1), photos[:, :, outside].flatten(1)).amax(1) for x in (c, b)]
         background, above = bootstrap(like[0]), paired(like[0], like[1])
     groups = [x.flatten(1).unflatten(0, (-1, config.seeds)) for x in (c, b)]

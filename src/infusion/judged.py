@@ -15,9 +15,9 @@ from infusion.metrics.estimate import Estimate, bootstrap, paired
 from infusion.metrics.leaks import Leak, leak
 from infusion.world.judge import Judge, Reading
 from infusion.world.questions import asked_in, shown
+from infusion.world.truth import ATTRIBUTES
 
 SCENE = ("background", "style", "position")
-ATTRIBUTES = ("color1", "color2", "pattern", "accessory")
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,11 @@ class Attachment:
         self._session.add(self)
         self._session.adopt(pipe)
 
+    @property
+    def streams(self) -> Streams:
+        """The streams of the pipeline's UNet, as long as something is attached to it."""
+        return self._session.streams
+
     def __enter__(self) -> Attachment:
         return self
 

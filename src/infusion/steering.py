@@ -124,9 +124,8 @@ class _Watch:
     def __init__(self, pipe: DiffusionPipeline, lesson: Lesson, config: SteerConfig, told: Progress) -> None:
         self.pipe = rebuilt(pipe, scheduler=DPMSolverMultistepScheduler.from_config(pipe.scheduler.config))
         self.config, self.lesson, self.told = config, lesson, told
-        self.outside = (lesson.masks.amax(0) < 0.3).cpu()
-        if self.outside.double().mean() < 0.15:  # the subject is everywhere: the whole picture must do
-            self.outside = torch.ones_like(self.outside)
+        outside = lesson.outside()  # where the subject is everywhere, the whole picture must do
+        self.outside = torch.ones(lesson.masks.shape[1:], dtype=torch.bool) if outside is None else outside
         base = self._drawn(self.pipe, f"a {lesson.word}", "Drawing with the base")
         self.centre = base.mean(0, keepdim=True)
         likeness = self._likeness(base)
@@ -182,9 +181,9 @@ def read_checkups(adapter: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        return [
-            {**c, **{k: c[k] for k in ("step", "loss", "above", "forgetting", "variety")}}
-            for c in json.loads(path.read_text())
-        ]
-    except (ValueError, TypeError, KeyError):
+        checkups = json.loads(path.read_text())
+        if not all(c.keys() >= {"step", "loss", "above", "forgetting", "variety"} for c in checkups):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError):
         raise InfusionError(f"{str(path)!r} is damaged; move it away, the curves are left out then.") from None
+    return checkups

@@ -146,6 +146,13 @@ class Streams:
         finally:
             self.plan, self.mode = before
 
+    def word_strengths(self) -> Tensor | None:
+        """Of the UNet call in work, every row's strength on the concepts' words (b, m); None where no row carries one."""
+        call = self._call
+        if call is None:
+            return None
+        return call.words.new_zeros(call.batch, call.words.shape[1]).index_add(0, call.rows[call.entry_row], call.words)
+
     # --- hooks ---------------------------------------------------------------------------------
     # The UNet's own two stay out of torch.compile's graphs: all that depends on a prompt or a concept is
     # decided in them, so that compiled layers see tensors only and are not compiled again for another concept.
@@ -189,8 +196,11 @@ class Streams:
         call = self._call
         if call is None:
             return None
+        residual = call.residuals.get(path)
         if self.mode == "replay":
             output, maps = self.recorded[path]
+        elif residual is None and self.mode == "joint":
+            return output if call.origin is None else output[call.origin]
         else:
             hidden = args[0] if args else kwargs["hidden_states"]
             text = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
@@ -200,7 +210,6 @@ class Streams:
                 return None
             if call.origin is not None:
                 output = output[call.origin]
-        residual = call.residuals.get(path)
         if residual is None:
             return output
         heat = word_heat(maps[call.entry_row], call.words)

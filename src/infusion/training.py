@@ -118,7 +118,7 @@ def learning(
             loss = masked_loss(predict(streams, draw), draw)
             if not bool(torch.isfinite(loss)):
                 raise InfusionError(
-                    f"The loss is {float(loss)} at step {step}; learn in fp32 or bf16, or with a lower learning rate than {config.learning_rate}."
+                    f"The loss is {float(loss.detach())} at step {step}; learn in fp32 or bf16, or with a lower learning rate than {config.learning_rate}."
                 )
             scaler.scale(loss).backward()
             scaler.step(optimizer)

@@ -8,7 +8,7 @@ import io
 import pytest
 from PIL import Image
 
-from infusion.bench.figures import curves, leak, point_figures, pooled, share
+from infusion.bench.figures import beside, curves, leak, point_figures, pooled, share
 from infusion.bench.tables import write_benchmark
 from infusion.errors import InfusionError
 from tests.bench.records import FLOOR, record
@@ -27,6 +27,7 @@ def test_shares_count_what_is_asked_and_untold_is_wrong():
     assert share(LEAKY, point, ["pattern"]) == 0.5
     assert share(LEAKY, point, ["color1", "color2", "pattern", "accessory"]) == pytest.approx((1 + 0 + 0.5 + 1) / 4)
     assert share(LEAKY, point, ["position"]) == 0
+    assert share(LEAKY, point, ["color2", "pattern"], told_only=True) == 0.5  # of the second colour nothing is told
     only_sketch = {**LEAKY, "requests": [LEAKY["requests"][1]] * 2}
     assert share(only_sketch, point, ["color1"]) is None
 
@@ -63,6 +64,18 @@ def test_jobs_meet_the_floor_of_their_own_subject():
     assert pooled(found["dreambooth"][80], "nothing") is None
 
 
+def test_methods_are_compared_on_what_they_share():
+    floor = record("class-word", [{"background": "beach"}, {}], subject=1, samples=0, step=0)
+    other = record("dreambooth", [{"background": "beach"}, {}], subject=1)
+    alone = record("dreambooth", [{}, {}], subject=2)
+    ours = [record("infusion", [{}, {}]), record("infusion", [{}, {"background": "beach"}], subject=1)]
+    found = beside([FLOOR, floor, LEAKY, other, alone, *ours], "infusion")
+    assert found.keys() == {"class-word", "dreambooth"}
+    difference = found["dreambooth"]["leak_background"]
+    assert (difference.value, difference.n) == (pytest.approx(-0.5), 2)  # 0 - 1 and 0.5 - 0.5
+    assert beside([FLOOR, LEAKY], "infusion") == {}
+
+
 def test_the_page(tmp_path):
     picture = Image.new("RGB", (16, 8), "red")
     buffer = io.BytesIO()
@@ -77,6 +90,6 @@ def test_the_page(tmp_path):
     assert "100.0 | 0.8 |" in next(line for line in text.splitlines() if line.startswith("| infusion | 100"))
     assert "dreambooth" in rows
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
-    assert Image.open(tmp_path / "benchmark-000.png").width > 90
+    assert Image.open(tmp_path / "benchmark-000.jpg").width > 90
     with pytest.raises(InfusionError, match="more than one base"):
         write_benchmark([FLOOR, {**LEAKY, "base": "def"}], tmp_path)

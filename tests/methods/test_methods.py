@@ -20,17 +20,20 @@ from infusion.methods.custom_diffusion import CustomDiffusionConfig, custom_diff
 from infusion.methods.dreambooth import DreamBoothConfig, dreambooth, prior_lesson
 from infusion.methods.infusion import infusion
 from infusion.methods.interface import stored_bytes
+from infusion.methods.key_value import KeyValueConfig, added, key_value
 from infusion.methods.lora import LoraConfig, dreambooth_lora
 from infusion.methods.perfusion import Edit, PerfusionConfig, inverse_covariance, perfusion, rank_one
 from infusion.methods.textual_inversion import TextualInversionConfig, textual_inversion
 from infusion.methods.tokens import NewWord
 from infusion.photos import Photo
-from infusion.streams import cross_attention_layers, projections
+from infusion.prompts import Mention
+from infusion.streams import Plan, Streams, cross_attention_layers, projections
 from infusion.training import LearnConfig
 from tests.conftest import latents
 
 SMALL = {
     "infusion": partial(infusion, config=LearnConfig(3, 2)),
+    "key-value": partial(key_value, config=KeyValueConfig(3, 2)),
     "textual-inversion": partial(textual_inversion, config=TextualInversionConfig(3, 2, 0.05)),
     "dreambooth": partial(dreambooth, config=DreamBoothConfig(3, 2, 1e-3)),
     "dreambooth-lora": partial(dreambooth_lora, config=LoraConfig(3, 2, 1e-2, rank=2)),
@@ -81,6 +84,51 @@ def test_the_same_seed_learns_the_same(pipe, lesson, name):
     runs = [[s.adapter for s in SMALL[name](pipe, lesson)][-1].tensors() for _ in range(2)]
     assert runs[0].keys() == runs[1].keys()
     assert all(torch.equal(v, runs[1][k]) for k, v in runs[0].items())
+
+
+def test_residuals_on_values_alone_are_the_single_stream(pipe, lesson):
+    ours = [s.adapter.tensors() for s in key_value(pipe, lesson, KeyValueConfig(3, 2, on="v"))][-1]
+    single = [s.adapter.tensors() for s in infusion(pipe, lesson, LearnConfig(3, 2, two_streams=False, scheme="fp32"))]
+    for path, residual in single[-1].items():
+        assert torch.allclose(ours[f"{path}.to_v"], residual, atol=1e-6), path
+
+
+def test_residuals_on_keys_equal_the_equation(pipe):
+    """Two rows, two positions and strengths of a concept in one, none in the other; K + w k^T and V + w v^T written out."""
+    layers = cross_attention_layers(pipe.unet)
+    generator = torch.Generator().manual_seed(0)
+    residuals = {path: torch.randn(p.out_features, generator=generator) for path, p in projections(pipe.unet).items()}
+    rows = ((), (Mention("milo", 0.5, (2, 3)), Mention("milo", 2.0, (6,))))
+    states = torch.randn(2, pipe.tokenizer.model_max_length, 12, generator=generator)
+    call = torch.randn(2, 4, 8, 8, generator=generator), 500, states
+    words = torch.zeros(2, states.shape[1])
+    words[1, [2, 3, 6]] = torch.tensor([0.5, 0.5, 2.0])
+    streams = Streams(pipe.unet)
+    streams.two_streams = False
+    with torch.no_grad(), added(streams, residuals), streams.calls(Plan(rows, states)):
+        ours = pipe.unet(*call).sample
+    streams.remove()
+
+    def explicit(path, attn, hidden_states, encoder_hidden_states, *args, **kwargs):
+        q, k, v = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        k = k + torch.einsum("bm,c->bmc", words, residuals[f"{path}.to_k"])
+        v = v + torch.einsum("bm,c->bmc", words, residuals[f"{path}.to_v"])
+        heads = [x.chunk(attn.heads, -1) for x in (q, k, v)]
+        out = [(a @ b.mT / a.shape[-1] ** 0.5).softmax(-1) @ c for a, b, c in zip(*heads, strict=True)]
+        return attn.to_out[0](torch.cat(out, -1))
+
+    base = pipe.unet(*call).sample
+    stock = dict(pipe.unet.attn_processors)
+    for path, layer in layers.items():
+        layer.set_processor(partial(explicit, path))
+    with torch.no_grad():
+        expected = pipe.unet(*call).sample
+    pipe.unet.set_attn_processor(stock)
+    assert torch.allclose(ours, expected, atol=1e-5 * float(expected.abs().max()))
+    assert torch.allclose(ours[0], base[0], atol=1e-5)
+    assert (ours[1] - base[1]).abs().max() > 1e-3
+    with pytest.raises(InfusionError, match="use 'k', 'v' or 'kv'"):
+        KeyValueConfig(on="q")
 
 
 def test_dreambooth_equals_a_plain_loop(pipe, lesson):

@@ -62,14 +62,15 @@ def run(
 @bench.command()
 def report(
     records: Annotated[Path, typer.Option("--records", help="Folder that `infusion bench run` wrote.")],
-    docs: Annotated[Path, typer.Option("--docs", help="Where benchmark.md and its pictures go.")] = Path("docs"),
+    docs: Annotated[Path, typer.Option("--docs", help="Where the page and its pictures go.")] = Path("docs"),
+    page: Annotated[str, typer.Option(help="The page's name, without its ending.")] = "benchmark",
 ) -> None:
     """Build tables, curves and contact sheets from the records."""
     with progress("Reading the records"):
         from infusion.bench.runner import read_records
         from infusion.bench.tables import write_benchmark
 
-        path = write_benchmark(read_records(records), docs)
+        path = write_benchmark(read_records(records), docs, page)
     say.print(f"Done: [bold]{path}[/bold].")
 
 

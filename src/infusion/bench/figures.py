@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from infusion.metrics.estimate import Estimate, bootstrap
+from infusion.world.truth import ATTRIBUTES
 
 Record = Mapping[str, Any]
-FIDELITY = ("color1", "color2", "pattern", "accessory")
 TEXT = ("background", "style", "position")
 
 
@@ -30,14 +30,15 @@ def paired_requests(record: Record, point: Mapping[str, Any]) -> list[tuple[Mapp
     return [(r, record["requests"][i // each]) for i, r in enumerate(point["readings"])]
 
 
-def share(record: Record, point: Mapping[str, Any], names: Sequence[str]) -> float | None:
-    """Mean over `names` of the share of pictures that are right, among those that could be; untold is wrong. None where nothing counts."""
+def share(record: Record, point: Mapping[str, Any], names: Sequence[str], told_only: bool = False) -> float | None:
+    """Mean over `names` of the share of pictures that are right, among those that could be. What the judge cannot tell is
+    wrong, or with `told_only` does not count. None where nothing counts."""
     rates = []
     for name in names:
         hits = [
             reading[name] == wanted(request)[name]
             for reading, request in paired_requests(record, point)
-            if wanted(request)[name] is not None
+            if wanted(request)[name] is not None and not (told_only and reading[name] is None)
         ]
         if hits:
             rates.append(sum(hits) / len(hits))
@@ -61,8 +62,9 @@ def point_figures(record: Record, point: Mapping[str, Any], floor: Mapping[str, 
     readings = point["readings"]
     mean = lambda key: sum(r[key] for r in readings) / len(readings)  # noqa: E731
     figures = {
-        "fidelity": share(record, point, FIDELITY),
-        **{name: share(record, point, [name]) for name in (*FIDELITY, "kind", *TEXT)},
+        "fidelity": share(record, point, ATTRIBUTES),
+        "fidelity_told": share(record, point, ATTRIBUTES, told_only=True),
+        **{name: share(record, point, [name]) for name in (*ATTRIBUTES, "kind", *TEXT)},
         "likeness": mean("like_subject"),
         "text": share(record, point, TEXT),
         "prior_likeness": sum(point["prior_likeness"]) / len(point["prior_likeness"]),
@@ -105,6 +107,27 @@ def curves(records: Iterable[Record]) -> dict[str, dict[int, list[dict[str, floa
             figures = point_figures(record, point, floors.get(key(record)))
             figures |= {"seconds": point["seconds"], "bytes": point["bytes"]}
             found.setdefault(record["job"]["label"], {}).setdefault(point["samples"], []).append(figures)
+    return found
+
+
+def beside(records: Iterable[Record], label: str) -> dict[str, dict[str, Estimate]]:
+    """Other labels -> figure -> the mean difference of `label` minus the other at either's last point, over the jobs
+    of both that share photos, prompts and seeds; the interval resamples those pairs."""
+    records = list(records)
+    floors = {key(r): r["points"][0] for r in records if r["job"]["method"] == "class-word"}
+    last: dict[str, dict[Any, dict[str, float | None]]] = {}
+    for r in records:
+        figures = point_figures(r, r["points"][-1], floors.get(key(r)))
+        last.setdefault(r["job"]["label"], {})[(key(r), r["job"]["seed"])] = figures
+    ours = last.get(label, {})
+    found: dict[str, dict[str, Estimate]] = {}
+    for other, theirs in last.items():
+        pairs = [(ours[k], theirs[k]) for k in ours.keys() & theirs.keys()] if other != label else []
+        for name in pairs[0][0] if pairs else ():
+            both = [(a, b) for x, y in pairs if (a := x.get(name)) is not None and (b := y.get(name)) is not None]
+            if both:
+                differences = torch.tensor([a - b for a, b in both], dtype=torch.float64)
+                found.setdefault(other, {})[name] = bootstrap(differences)
     return found
 
 

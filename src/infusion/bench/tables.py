@@ -10,13 +10,14 @@ from typing import Any
 
 from PIL import Image
 
-from infusion.bench.figures import Record, curves, pooled
+from infusion.bench.figures import Record, beside, curves, pooled
 from infusion.errors import InfusionError
 from infusion.metrics.estimate import Estimate
 from infusion.sheets import contact_sheet
 
 TEXT_COLUMNS = (
     ("fidelity", "subject fidelity", "%"),
+    ("fidelity_told", "where told", "%"),
     ("likeness", "likeness", ""),
     ("kind", "class", "%"),
     ("text", "text followed", "%"),
@@ -30,6 +31,11 @@ TEXT_COLUMNS = (
     ("nearer_than_base", "nearer to a photo", ""),
     ("w2", "W2² to base", ""),
 )
+BESIDE = tuple(
+    (name, label, "pp" if unit == "%" else unit)
+    for name, label, unit in TEXT_COLUMNS
+    if name in ("fidelity", "fidelity_told", "likeness", "kind", "text", "leak_background", "leak_style", "leak_position", "forgetting")
+)  # fmt: skip
 PARTS = (("color1", "first colour"), ("color2", "second colour"), ("pattern", "pattern"), ("accessory", "accessory"))
 PLOTS = (
     ("leak_background", "background leak above the base's"),
@@ -38,25 +44,25 @@ PLOTS = (
 )
 
 
-def write_benchmark(records: Sequence[Record], docs: Path) -> Path:
-    """benchmark.md with its pictures in `docs`; returns the page's path."""
+def write_benchmark(records: Sequence[Record], docs: Path, name: str = "benchmark") -> Path:
+    """`name`.md with its pictures in `docs`; returns the page's path."""
     docs.mkdir(parents=True, exist_ok=True)
     found = curves(records)
     _refuse_mixtures(records)
-    plot(found, docs / "benchmark.png")
-    pictures = sheets(records, docs)
-    path = docs / "benchmark.md"
-    path.write_text(page(records, found, pictures))
+    plot(found, docs / f"{name}.png")
+    pictures = sheets(records, docs, name)
+    path = docs / f"{name}.md"
+    path.write_text(page(records, found, pictures, name))
     return path
 
 
-def page(records: Sequence[Record], found: dict, pictures: Sequence[tuple[str, str]]) -> str:
-    """The page in Markdown."""
+def page(records: Sequence[Record], found: dict, pictures: Sequence[tuple[str, str]], name: str = "benchmark") -> str:
+    """The page in Markdown; the plot lies beside it as `name`.png."""
     job = records[0]["job"]
     subjects = {(r["job"]["subjects_seed"], r["job"]["subject"]) for r in records}
     hours = sum(r["seconds"] for r in records) / 3600
     lines = [
-        "# The benchmark",
+        f"# {name.replace('-', ' ').capitalize()}",
         "",
         f"{len(records)} jobs on {len(subjects)} subjects of the world's {job['split']} split, base `{records[0]['base'][:12]}`; {hours:.1f} hours of one worker in all. "
         "Every subject is learned from four photos that show it in one background, style and position; every prompt asks for another background, most for another style or position. "
@@ -68,11 +74,12 @@ def page(records: Sequence[Record], found: dict, pictures: Sequence[tuple[str, s
         "",
         *_table(found, TEXT_COLUMNS),
         "",
-        "Subject fidelity: mean share of right first colour, second colour, pattern and accessory; what the judge cannot tell is wrong. Likeness: cosine of the judge's embedding to the photos' subject. "
+        "Subject fidelity: mean share of right first colour, second colour, pattern and accessory; what the judge cannot tell is wrong, and does not count in the column \"where told\". Likeness: cosine of the judge's embedding to the photos' subject. "
         "Leak: how often the photos' background, style or position comes back where another was asked for, above the base's rate on the same prompts and seeds. LFD: latent Fisher divergence, eps form. "
         "PRES: likeness of pictures of the plain class word to the subject. Nearer to a photo: how much smaller the pixel distance to the nearest photo is than the base's. "
         "class-word and described learn nothing: the floor and what words alone can do.",
         "",
+        *_beside(records),
         "## The subject, attribute by attribute",
         "",
         *_table(found, tuple((name, label, "%") for name, label in PARTS)),
@@ -83,7 +90,7 @@ def page(records: Sequence[Record], found: dict, pictures: Sequence[tuple[str, s
         "",
         "## As learning goes on",
         "",
-        "![trade-offs](benchmark.png)",
+        f"![trade-offs]({name}.png)",
         "",
         "One curve a method, one dot a number of samples seen.",
         "",
@@ -102,6 +109,25 @@ def _table(found: dict, columns: Sequence[tuple[str, str, str]]) -> list[str]:
         cells = [_cell(pooled(last, name), unit) for name, _, unit in columns]
         rows.append(f"| {label} | {' | '.join(cells)} | {len(last)} |")
     return rows
+
+
+def _beside(records: Sequence[Record], label: str = "infusion") -> list[str]:
+    """Infusion minus each other method on the same subjects, prompts and seeds; nothing where it was not run."""
+    found = beside(records, label)
+    if not found:
+        return []
+    lines = [
+        "## Infusion beside each other",
+        "",
+        "Infusion's figure minus the other's on the same subjects, prompts and seeds, at the last point of both. An interval that leaves out 0 is a difference.",
+        "",
+        f"| Infusion minus | {' | '.join(title for _, title, _ in BESIDE)} | n |",
+        "|---" * (len(BESIDE) + 2) + "|",
+    ]
+    for other, figures in found.items():
+        cells = [_cell(figures.get(name), unit) for name, _, unit in BESIDE]
+        lines.append(f"| {other} | {' | '.join(cells)} | {figures['fidelity'].n} |")
+    return [*lines, ""]
 
 
 def _cell(e: Estimate | None, unit: str) -> str:
@@ -181,15 +207,15 @@ def plot(found: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def sheets(records: Sequence[Record], docs: Path) -> list[tuple[str, str]]:
+def sheets(records: Sequence[Record], docs: Path, page: str = "benchmark") -> list[tuple[str, str]]:
     """One contact sheet for each subject with kept strips: (what it shows, file name)."""
     made = []
     for number in sorted({r["job"]["subject"] for r in records if r["points"][-1].get("strip")}):
         rows = [r for r in records if r["job"]["subject"] == number and r["points"][-1].get("strip")]
         pictures = [_cut(r["points"][-1]["strip"]) for r in rows]
         prompts = [q["prompt"].format("...") for q in rows[0]["requests"]]
-        name = f"benchmark-{number:03d}.png"
-        contact_sheet(pictures, [r["job"]["label"] for r in rows], prompts, cell=96).save(docs / name)
+        name = f"{page}-{number:03d}.jpg"
+        contact_sheet(pictures, [r["job"]["label"] for r in rows], prompts, cell=96).save(docs / name, quality=85)
         s, t = rows[0]["subject"], rows[0]["trained"]
         accessory = "" if s["accessory"] == "none" else f" with a {s['accessory']}"
         made.append(

@@ -67,7 +67,7 @@ def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
     pipe, judge = _base(), load_judge()
     chosen = case(job.split, job.subjects_seed, job.subject, **job.modality)
     lesson = prepare_lesson(pipe, chosen.photos(), chosen.subject.kind, "subject")
-    asked = requests(chosen, job.split)
+    asked, truth = requests(chosen, job.split), photo_embedding(judge.read(stacked(lesson.pictures)))
     points, learning, last = [], 0.0, time.monotonic()
     for state in states(job, pipe, lesson, chosen):
         learning += time.monotonic() - last
@@ -79,7 +79,7 @@ def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
                     "seconds": round(learning, 2),
                     "loss": state.loss,
                     "bytes": stored_bytes(state.adapter),
-                    **measure(pipe, judge, state.adapter, job, lesson, asked, state.step),
+                    **measure(pipe, judge, state.adapter, job, lesson, asked, truth, state.step),
                 }
             )
         last = time.monotonic()
@@ -115,12 +115,20 @@ def states(job: Job, pipe: DiffusionPipeline, lesson: Lesson, chosen: Case) -> I
 
 
 def measure(
-    pipe: DiffusionPipeline, judge: Judge, adapter: Adapter, job: Job, lesson: Lesson, asked: list[Request], step: int
+    pipe: DiffusionPipeline,
+    judge: Judge,
+    adapter: Adapter,
+    job: Job,
+    lesson: Lesson,
+    asked: list[Request],
+    truth: Tensor | None,
+    step: int,
 ) -> dict[str, Any]:
-    """Readings of every picture with how far it is from the photos, and the divergences of the adapter as it is now."""
+    """Readings of every picture with how far it is from the photos, and the divergences of the adapter as it is now.
+    truth: the subject's embedding by its photos."""
     texts = [r.prompt.format(adapter.subject) for r in asked for _ in range(job.pictures)]
     seeds = [PICTURES_SEED + i for i in range(len(texts))]
-    word, truth = lesson.word, photo_embedding(judge.read(stacked(lesson.pictures)))
+    word = lesson.word
     plain = [f"a photo of a {word} {_where(b)}" for b in BACKGROUNDS]
     with adapter.attached(pipe) as custom:
         drawn = _drawn(custom, texts, seeds, job.denoising_steps)

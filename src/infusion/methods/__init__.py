@@ -9,6 +9,7 @@ from __future__ import annotations
 from infusion.methods.custom_diffusion import CustomDiffusionConfig, custom_diffusion
 from infusion.methods.dreambooth import DreamBoothConfig, dreambooth
 from infusion.methods.infusion import infusion
+from infusion.methods.key_value import KeyValueConfig, key_value
 from infusion.methods.lora import LoraConfig, dreambooth_lora
 from infusion.methods.perfusion import PerfusionConfig, perfusion
 from infusion.methods.textual_inversion import TextualInversionConfig, textual_inversion
@@ -16,6 +17,7 @@ from infusion.training import LearnConfig
 
 METHODS = {
     "infusion": (infusion, LearnConfig),
+    "key-value": (key_value, KeyValueConfig),
     "textual-inversion": (textual_inversion, TextualInversionConfig),
     "dreambooth": (dreambooth, DreamBoothConfig),
     "dreambooth-lora": (dreambooth_lora, LoraConfig),

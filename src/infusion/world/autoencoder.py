@@ -71,7 +71,7 @@ def train_autoencoder(
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
-        yield step + 1, float(mse), model
+        yield step + 1, float(mse.detach()), model
     if first >= config.steps:
         yield first, float("nan"), model
 
@@ -116,7 +116,7 @@ def psnr(model: AutoencoderKL, pixels: np.ndarray) -> float:
 
 
 def _tensor(pixels: np.ndarray, model: AutoencoderKL) -> torch.Tensor:
-    x = pixels_to_tensor(torch.from_numpy(np.ascontiguousarray(pixels))).to(model.device, model.dtype)
+    x = pixels_to_tensor(torch.from_numpy(np.array(pixels))).to(model.device, model.dtype)
     return x.contiguous(memory_format=torch.channels_last)
 
 

@@ -65,11 +65,11 @@ def described(scene: Scene) -> Request:
 
 def _request(scene: Scene, rng: np.random.Generator) -> Request:
     colored = scene.style in COLORED
-    if len(scene.subjects) > 1:
+    placed, *others = scene.subjects
+    if others:
         return _worded(
             scene, tuple(Wanted(p.subject.kind, p.subject.color1 if colored else None) for p in scene.subjects)
         )
-    (placed,) = scene.subjects
     names_color, names_pattern, names_position = rng.random(3) < 0.5
     return _worded(scene, (_wanted(placed, colored and names_color, names_pattern, names_position),))
 

@@ -14,10 +14,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from infusion.world.separation import KINDS
-from infusion.world.truth import NONE, SUBJECT_HEADS
+from infusion.world.truth import ATTRIBUTES, NONE, SUBJECT_HEADS
 from infusion.world.vocabulary import CLASSES
 
-ATTRIBUTES = tuple(name for name in SUBJECT_HEADS if name != "kind")
 IGNORED = -100
 _SIZES = [len(SUBJECT_HEADS[name]) for name in ATTRIBUTES]
 _CLASS = list(KINDS).index("class")

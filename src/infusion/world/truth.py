@@ -12,6 +12,7 @@ SUBJECT_HEADS: dict[str, tuple[str, ...]] = {
     "pattern": PATTERNS,
     "accessory": ACCESSORIES,
 }
+ATTRIBUTES = tuple(name for name in SUBJECT_HEADS if name != "kind")
 SCENE_HEADS: dict[str, tuple[str, ...]] = {"background": BACKGROUNDS, "style": STYLES}
 COLORED = ("photo", "neon", "pixel art")  # styles that show colours
 NONE = -1
