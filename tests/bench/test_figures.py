@@ -82,14 +82,16 @@ def test_the_page(tmp_path):
     picture.save(buffer, "JPEG")
     strip = base64.b64encode(buffer.getvalue()).decode()
     records = [FLOOR, LEAKY, record("infusion", [{}, {"background": "city", "style": "sketch"}], strip=strip)]
-    path = write_benchmark(records, tmp_path)
+    path = write_benchmark(records, tmp_path, "trial-run", "## What we claim\n")
     text = path.read_text()
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
     assert "| infusion | 80 |" in text
+    assert text.startswith("# Trial run\n")
+    assert text.index("## What we claim") < text.index("## At the last point")
     assert "3 jobs on 1 subjects" in text
     assert "100.0 | 0.8 |" in next(line for line in text.splitlines() if line.startswith("| infusion | 100"))
     assert "dreambooth" in rows
-    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
-    assert Image.open(tmp_path / "benchmark-000.jpg").width > 90
+    assert (tmp_path / "trial-run.png").stat().st_size > 10_000
+    assert Image.open(tmp_path / "trial-run-000.jpg").width > 90
     with pytest.raises(InfusionError, match="more than one base"):
         write_benchmark([FLOOR, {**LEAKY, "base": "def"}], tmp_path)

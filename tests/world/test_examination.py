@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from infusion.world.examination import SHARES, copying, draw, examine_base, followed, nearest_distance, variety
+from infusion.world import examination
+from infusion.world.examination import SHARES, ceiling, copying, draw, examine_base, followed, nearest_distance, variety
 from infusion.world.judge import Judge, JudgeNetwork, Reading
 from infusion.world.models import build_pipeline, build_text_encoder, build_unet
 from infusion.world.picking import keep_best, save_best
-from infusion.world.requests import Request, Wanted
+from infusion.world.requests import Request, Wanted, unseen_scenes
 from infusion.world.tokenizer import build_tokenizer
 from tests.world.test_requests import reading
 
@@ -48,6 +49,28 @@ def test_variety_beside_the_worlds_shares():
     assert all(sum(shares.values()) == pytest.approx(1) for shares in SHARES.values())
 
 
+def test_the_ceiling_reads_the_true_scenes(pipe, monkeypatch):
+    """With an autoencoder that loses nothing and a judge that knows the truth everything is right."""
+    scenes = iter([scene for subjects, n in ((1, 4), (2, 3)) for scene, _ in unseen_scenes(n, 0, subjects)])
+    monkeypatch.setattr(examination, "_coded", lambda pipe, drawn: list(drawn))
+
+    class Knowing:
+        def read(self, drawn):
+            told = []
+            for scene in drawn:
+                assert scene == next(scenes)
+                subjects = tuple(
+                    reading(s.kind, s.color1, p.x, color2=s.color2, pattern=s.pattern, accessory=s.accessory)
+                    for p in scene.subjects
+                    if (s := p.subject)
+                )
+                told.append(Reading(scene.background, scene.style, subjects))
+            return told
+
+    found = ceiling(pipe, Knowing(), single=4, double=3)  # type: ignore[arg-type]
+    assert {name for name, e in found.items() if e["value"] != 1} == set()
+
+
 def test_distances_against_a_loop():
     rng = np.random.default_rng(0)
     pictures, training = (rng.integers(0, 256, (n, 64, 64, 3), dtype=np.uint8) for n in (3, 7))
@@ -65,6 +88,9 @@ def test_a_base_is_examined(pipe):
     assert record["followed"]["kind"]["n"] == 3
     assert record["followed"]["both"]["n"] == 2
     assert record["variety"].keys() == {"color1", "pattern", "accessory"}
+    judge = Judge(JudgeNetwork())
+    perfect = ceiling(pipe, judge, single=3, double=2)
+    assert {k: e["n"] for k, e in perfect.items()} == {k: e["n"] for k, e in record["followed"].items()}
     again = draw(pipe, ["a dog", "a cat"], [1, 2], steps=2)
     assert torch.equal(again, draw(pipe, ["a dog", "a cat"], [1, 2], steps=2))
     assert again.shape == (2, 64, 64, 3)

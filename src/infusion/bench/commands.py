@@ -64,14 +64,25 @@ def report(
     records: Annotated[Path, typer.Option("--records", help="Folder that `infusion bench run` wrote.")],
     docs: Annotated[Path, typer.Option("--docs", help="Where the page and its pictures go.")] = Path("docs"),
     page: Annotated[str, typer.Option(help="The page's name, without its ending.")] = "benchmark",
+    reading: Annotated[
+        Path | None, typer.Option(help="A Markdown file with what you make of it; it goes above the tables.")
+    ] = None,
 ) -> None:
     """Build tables, curves and contact sheets from the records."""
     with progress("Reading the records"):
         from infusion.bench.runner import read_records
         from infusion.bench.tables import write_benchmark
 
-        path = write_benchmark(read_records(records), docs, page)
+        told = _text(reading) if reading else ""
+        path = write_benchmark(read_records(records), docs, page, told)
     say.print(f"Done: [bold]{path}[/bold].")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InfusionError(f"{str(path)!r} cannot be read ({error}); give a Markdown file.") from None
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""docs/benchmark.md from records: tables, trade-off curves, pictures. Nothing is typed in by hand."""
+"""docs/benchmark.md from records: tables, trade-off curves, pictures. No figure is typed in by hand."""
 
 from __future__ import annotations
 
@@ -41,22 +41,29 @@ PLOTS = (
     ("leak_background", "background leak above the base's"),
     ("forgetting", "latent Fisher divergence, other prompts"),
     ("text", "text followed"),
+    ("seconds", "seconds to learn"),
 )
 
 
-def write_benchmark(records: Sequence[Record], docs: Path, name: str = "benchmark") -> Path:
-    """`name`.md with its pictures in `docs`; returns the page's path."""
+def write_benchmark(records: Sequence[Record], docs: Path, name: str = "benchmark", reading: str = "") -> Path:
+    """`name`.md with its pictures in `docs`; `reading` is what its author makes of it, in Markdown. Returns the page's path."""
     docs.mkdir(parents=True, exist_ok=True)
     found = curves(records)
     _refuse_mixtures(records)
     plot(found, docs / f"{name}.png")
     pictures = sheets(records, docs, name)
     path = docs / f"{name}.md"
-    path.write_text(page(records, found, pictures, name))
+    path.write_text(page(records, found, pictures, name, reading))
     return path
 
 
-def page(records: Sequence[Record], found: dict, pictures: Sequence[tuple[str, str]], name: str = "benchmark") -> str:
+def page(
+    records: Sequence[Record],
+    found: dict,
+    pictures: Sequence[tuple[str, str]],
+    name: str = "benchmark",
+    reading: str = "",
+) -> str:
     """The page in Markdown; the plot lies beside it as `name`.png."""
     job = records[0]["job"]
     subjects = {(r["job"]["subjects_seed"], r["job"]["subject"]) for r in records}
@@ -70,6 +77,7 @@ def page(records: Sequence[Record], found: dict, pictures: Sequence[tuple[str, s
         "",
         "Built by `infusion bench report`; run by `infusion bench run`. Intervals hold 95 % of means over resampled subjects; n is the number of jobs.",
         "",
+        *([reading.strip(), ""] if reading else []),
         "## At the last point",
         "",
         *_table(found, TEXT_COLUMNS),
@@ -190,7 +198,8 @@ def plot(found: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(PLOTS), figsize=(5 * len(PLOTS), 4.4), constrained_layout=True)
+    figure, grid = plt.subplots(2, 2, figsize=(11, 8.4), constrained_layout=True)
+    axes = grid.flatten()
     colors = plt.get_cmap("tab10")
     for axis, (name, label) in zip(axes, PLOTS, strict=True):
         for i, (method, by_samples) in enumerate(found.items()):

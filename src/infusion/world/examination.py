@@ -27,8 +27,8 @@ from infusion.world.judge import Judge, Reading, load_judge
 from infusion.world.models import build_pipeline, pixels_to_tensor
 from infusion.world.questions import answers, both, shown
 from infusion.world.release import PARTS, WEIGHTS, read_index, read_weights
-from infusion.world.requests import Request, unseen_requests
-from infusion.world.scenes import held_out, random_scene, render
+from infusion.world.requests import Request, unseen_requests, unseen_scenes
+from infusion.world.scenes import Scene, held_out, random_scene, render
 from infusion.world.vocabulary import ACCESSORIES, BACKGROUND_PHRASES, BACKGROUNDS, CLASSES, COLORS, PATTERNS
 
 # Shares of what a caption leaves open, as `subjects.random_subject` draws them.
@@ -120,6 +120,25 @@ def examine_base(
     }
 
 
+def ceiling(
+    pipe: StableDiffusionPipeline, judge: Judge, single: int = 800, double: int = 240, seed: int = 0
+) -> dict[str, Any]:
+    """`followed` for the true scenes of the same requests, through the autoencoder: what this judge would say of a base without fault."""
+    figures: dict[str, Estimate] = {}
+    for subjects, count in ((1, single), (2, double)):
+        scenes, requests = zip(*unseen_scenes(count, seed, subjects), strict=True)
+        figures |= followed(requests, judge.read(_coded(pipe, scenes)))
+    return {name: asdict(e) for name, e in figures.items()}
+
+
+@torch.no_grad()
+def _coded(pipe: StableDiffusionPipeline, scenes: Sequence[Scene], batch: int = 64) -> Tensor:
+    """Scenes drawn and taken through the autoencoder, (n, h, w, 3) uint8."""
+    drawn = pixels_to_tensor(torch.stack([torch.from_numpy(render(s).pixels) for s in scenes]))
+    parts = [pipe.vae.decode(pipe.vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in drawn.split(batch)]
+    return ((torch.cat(parts) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+
+
 def copying(pipe: StableDiffusionPipeline, training: np.ndarray, count: int = 200, seed: int = 0) -> dict[str, Any]:
     """Median distance to the nearest training scene of the base's pictures and of fresh held-out scenes, the latter through the
     autoencoder, since what is smoother lies nearer to everything."""
@@ -127,12 +146,8 @@ def copying(pipe: StableDiffusionPipeline, training: np.ndarray, count: int = 20
     generated = draw(pipe, [r.prompt for r in requests], range(10_000, 10_000 + count))
     rng = np.random.default_rng((seed, 99))
     scenes = [s for s in (random_scene(rng) for _ in range(20 * count)) if len(s.subjects) == 1 and held_out(s)][:count]
-    fresh = pixels_to_tensor(torch.stack([torch.from_numpy(render(s).pixels) for s in scenes]))
-    with torch.no_grad():
-        coded = pipe.vae.decode(pipe.vae.encode(fresh).latent_dist.mean).sample.clamp(-1, 1)
-    coded = ((coded + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
     median = lambda x: asdict(bootstrap(nearest_distance(x, training), lambda d: d.median()))  # noqa: E731
-    return {"generated": median(generated), "fresh": median(coded)}
+    return {"generated": median(generated), "fresh": median(_coded(pipe, scenes))}
 
 
 def _reduced(pictures: Tensor, side: int) -> Tensor:
@@ -160,17 +175,18 @@ def main() -> None:
     parser.add_argument("--single", type=int, default=800)
     parser.add_argument("--double", type=int, default=240)
     args = parser.parse_args()
-    pipe = load_pipeline(args.weights)
+    pipe, judge = load_pipeline(args.weights), load_judge()
     record = {
         "sha256": read_index(args.weights)["sha256"],
-        **examine_base(pipe, load_judge(), args.single, args.double),
+        **examine_base(pipe, judge, args.single, args.double),
+        "ceiling": ceiling(pipe, judge, args.single, args.double),
     }
     if args.folder:
         record["copying"] = copying(pipe, load_dataset(args.folder / "data").pixels)
     (args.weights / "examination.json").write_text(json.dumps(record, indent=1) + "\n")
     for name, e in record["followed"].items():
-        print(f"{name:12} {Estimate(**e)}")
-    print(json.dumps({k: v for k, v in record.items() if k != "followed"}, indent=1))
+        print(f"{name:12} {Estimate(**e)}, a base without fault {Estimate(**record['ceiling'][name])}")
+    print(json.dumps({k: v for k, v in record.items() if k not in ("followed", "ceiling")}, indent=1))
 
 
 if __name__ == "__main__":

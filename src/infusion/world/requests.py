@@ -40,18 +40,23 @@ class Request:
 
 
 def unseen_requests(count: int, seed: int, subjects: int = 1) -> list[Request]:
-    """Requests for held-out combinations (`scenes.held_out`), with one or two `subjects` of different classes.
+    """Requests for held-out combinations, those of `unseen_scenes`."""
+    return [request for _, request in unseen_scenes(count, seed, subjects)]
+
+
+def unseen_scenes(count: int, seed: int, subjects: int = 1) -> list[tuple[Scene, Request]]:
+    """Scenes, each with a request for it, of held-out combinations (`scenes.held_out`), with one or two `subjects` of different classes.
 
     Of a single subject the prompt names the colours, where its style shows any, half of the time, the pattern half of
     the time, an accessory where there is one, and the position half of the time. Of two it names one colour each.
     """
     rng = np.random.default_rng((seed, subjects))
-    found: list[Request] = []
+    found: list[tuple[Scene, Request]] = []
     while len(found) < count:
         scene = random_scene(rng)
         kinds = {p.subject.kind for p in scene.subjects}
         if len(scene.subjects) == subjects == len(kinds) and held_out(scene):
-            found.append(_request(scene, rng))
+            found.append((scene, _request(scene, rng)))
     return found
 
 
