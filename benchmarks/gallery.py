@@ -54,11 +54,15 @@ def base_sheet(pipe, path: Path, count: int = 64) -> list[str]:
     prompts = unseen_prompts(count)
     pictures = [p.image for p in generate(pipe, prompts, list(range(count)), steps=25)]
     per_row = 8
-    rows = [pictures[i : i + per_row] for i in range(0, count, per_row)]
-    labelled = Image.new("RGB", (per_row * 132, len(rows) * 170), "white")
-    for y, row in enumerate(rows):
-        sheet = contact_sheet([row], column_labels=prompts[y * per_row : (y + 1) * per_row], cell=128)
-        labelled.paste(sheet.crop((0, 0, per_row * 132, 170)), (0, y * 170))
+    sheets = [
+        contact_sheet([pictures[i : i + per_row]], column_labels=prompts[i : i + per_row], cell=128)
+        for i in range(0, count, per_row)
+    ]
+    labelled = Image.new("RGB", (sheets[0].width, sum(s.height for s in sheets)), "white")
+    y = 0
+    for sheet in sheets:
+        labelled.paste(sheet, (0, y))
+        y += sheet.height
     labelled.save(path)
     return prompts
 
