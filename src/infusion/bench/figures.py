@@ -67,6 +67,7 @@ def point_figures(record: Record, point: Mapping[str, Any], floor: Mapping[str, 
         **{name: share(record, point, [name]) for name in (*ATTRIBUTES, "kind", *TEXT)},
         "likeness": mean("like_subject"),
         "text": share(record, point, TEXT),
+        "text_told": share(record, point, TEXT, told_only=True),
         "prior_likeness": sum(point["prior_likeness"]) / len(point["prior_likeness"]),
         "to_nearest_photo": mean("to_nearest_photo"),
         "forgetting": point["forgetting"],
@@ -77,9 +78,10 @@ def point_figures(record: Record, point: Mapping[str, Any], floor: Mapping[str, 
         for name in TEXT:
             leaked = leak(record, point, floor, name)
             figures[f"leak_{name}"] = leaked[0] - leaked[1] if leaked else None
-        base_text = share(record, floor, TEXT)
-        if figures["text"] is not None and base_text is not None:
-            figures["text_beside_base"] = figures["text"] - base_text
+        for name, told_only in (("text", False), ("text_told", True)):
+            value, base_value = figures[name], share(record, floor, TEXT, told_only)
+            if value is not None and base_value is not None:
+                figures[f"{name}_beside_base"] = value - base_value
         nearest = sum(r["to_nearest_photo"] for r in floor["readings"]) / len(floor["readings"])
         figures["nearer_than_base"] = nearest - figures["to_nearest_photo"]
         figures["prior_likeness_above"] = figures["prior_likeness"] - sum(floor["prior_likeness"]) / len(

@@ -22,6 +22,7 @@ TEXT_COLUMNS = (
     ("kind", "class", "%"),
     ("text", "text followed", "%"),
     ("text_beside_base", "beside the base", "pp"),
+    ("text_told_beside_base", "the same, where told", "pp"),
     ("leak_background", "background leak", "pp"),
     ("leak_style", "style leak", "pp"),
     ("leak_position", "position leak", "pp"),
@@ -31,14 +32,21 @@ TEXT_COLUMNS = (
     ("nearer_than_base", "nearer to a photo", ""),
     ("w2", "W2² to base", ""),
 )
-BESIDE = tuple(
-    (name, label, "pp" if unit == "%" else unit)
-    for name, label, unit in TEXT_COLUMNS
-    if name in ("fidelity", "fidelity_told", "likeness", "kind", "text", "leak_background", "leak_style", "leak_position", "forgetting")
-)  # fmt: skip
+BESIDE = (
+    ("fidelity", "subject fidelity", "pp"),
+    ("fidelity_told", "where told", "pp"),
+    ("likeness", "likeness", ""),
+    ("kind", "class", "pp"),
+    ("text", "text followed", "pp"),
+    ("text_told", "where told", "pp"),
+    ("leak_background", "background leak", "pp"),
+    ("leak_style", "style leak", "pp"),
+    ("leak_position", "position leak", "pp"),
+    ("forgetting", "LFD, other prompts", "e"),
+)
 PARTS = (("color1", "first colour"), ("color2", "second colour"), ("pattern", "pattern"), ("accessory", "accessory"))
 PLOTS = (
-    ("leak_background", "background leak above the base's"),
+    ("leak_position", "position leak above the base's"),
     ("forgetting", "latent Fisher divergence, other prompts"),
     ("text", "text followed"),
     ("seconds", "seconds to learn"),
@@ -82,7 +90,7 @@ def page(
         "",
         *_table(found, TEXT_COLUMNS),
         "",
-        "Subject fidelity: mean share of right first colour, second colour, pattern and accessory; what the judge cannot tell is wrong, and does not count in the column \"where told\". Likeness: cosine of the judge's embedding to the photos' subject. "
+        "Subject fidelity: mean share of right first colour, second colour, pattern and accessory; what the judge cannot tell is wrong, and does not count where it says \"where told\". Likeness: cosine of the judge's embedding to the photos' subject. "
         "Leak: how often the photos' background, style or position comes back where another was asked for, above the base's rate on the same prompts and seeds. LFD: latent Fisher divergence, eps form. "
         "PRES: likeness of pictures of the plain class word to the subject. Nearer to a photo: how much smaller the pixel distance to the nearest photo is than the base's. "
         "class-word and described learn nothing: the floor and what words alone can do.",
