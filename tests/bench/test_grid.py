@@ -18,7 +18,7 @@ def test_the_defaults_hold_every_method():
     assert len({job.name for job in todo}) == len(todo)
     assert {job.subject for job in todo[: len(grid.methods)]} == {0}  # whole subjects first
     single = next(job for job in todo if job.label == "single-stream")
-    assert (single.method, single.settings, single.prior) == ("infusion", {"two_streams": False}, 0)
+    assert (single.method, single.settings["two_streams"], single.prior) == ("infusion", False, 0)
     assert next(job for job in todo if job.label == "custom-diffusion").prior == 32
 
 
