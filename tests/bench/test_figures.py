@@ -92,6 +92,9 @@ def test_the_page(tmp_path):
     assert "100.0 | 0.8 |" in next(line for line in text.splitlines() if line.startswith("| infusion | 100"))
     assert "dreambooth" in rows
     assert (tmp_path / "trial-run.png").stat().st_size > 10_000
+    write_benchmark(records, tmp_path, "tables", pictures=False)
+    assert sorted(p.name for p in tmp_path.glob("tables*")) == ["tables.md"]
+    assert "](" not in (tmp_path / "tables.md").read_text()
     assert Image.open(tmp_path / "trial-run-000.jpg").width > 90
     with pytest.raises(InfusionError, match="more than one base"):
         write_benchmark([FLOOR, {**LEAKY, "base": "def"}], tmp_path)

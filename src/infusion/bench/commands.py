@@ -67,6 +67,7 @@ def report(
     reading: Annotated[
         Path | None, typer.Option(help="A Markdown file with what you make of it; it goes above the tables.")
     ] = None,
+    pictures: Annotated[bool, typer.Option(help="With the plot and contact sheets.")] = True,
 ) -> None:
     """Build tables, curves and contact sheets from the records."""
     with progress("Reading the records"):
@@ -74,7 +75,7 @@ def report(
         from infusion.bench.tables import write_benchmark
 
         told = _text(reading) if reading else ""
-        path = write_benchmark(read_records(records), docs, page, told)
+        path = write_benchmark(read_records(records), docs, page, told, pictures)
     say.print(f"Done: [bold]{path}[/bold].")
 
 

@@ -53,15 +53,20 @@ PLOTS = (
 )
 
 
-def write_benchmark(records: Sequence[Record], docs: Path, name: str = "benchmark", reading: str = "") -> Path:
-    """`name`.md with its pictures in `docs`; `reading` is what its author makes of it, in Markdown. Returns the page's path."""
+def write_benchmark(
+    records: Sequence[Record], docs: Path, name: str = "benchmark", reading: str = "", pictures: bool = True
+) -> Path:
+    """`name`.md in `docs`, with its plot and contact sheets or, without `pictures`, tables alone; `reading` is what its author
+    makes of it, in Markdown. Returns the page's path."""
     docs.mkdir(parents=True, exist_ok=True)
     found = curves(records)
     _refuse_mixtures(records)
-    plot(found, docs / f"{name}.png")
-    pictures = sheets(records, docs, name)
+    shown: list[tuple[str, str]] = []
+    if pictures:
+        plot(found, docs / f"{name}.png")
+        shown = [("", f"{name}.png"), *sheets(records, docs, name)]
     path = docs / f"{name}.md"
-    path.write_text(page(records, found, pictures, name, reading))
+    path.write_text(page(records, found, shown, name, reading))
     return path
 
 
@@ -72,7 +77,7 @@ def page(
     name: str = "benchmark",
     reading: str = "",
 ) -> str:
-    """The page in Markdown; the plot lies beside it as `name`.png."""
+    """The page in Markdown. pictures: (what it shows, file name), the plot first."""
     job = records[0]["job"]
     subjects = {(r["job"]["subjects_seed"], r["job"]["subject"]) for r in records}
     hours = sum(r["seconds"] for r in records) / 3600
@@ -106,15 +111,16 @@ def page(
         "",
         "## As learning goes on",
         "",
-        f"![trade-offs]({name}.png)",
-        "",
-        "One curve a method, one dot a number of samples seen.",
-        "",
+        *(
+            [f"![trade-offs]({pictures[0][1]})", "", "One curve a method, one dot a number of samples seen.", ""]
+            if pictures
+            else []
+        ),
         *_samples(found),
         "",
     ]
-    for label, name in pictures:
-        lines += [f"## Pictures: {label}", "", f"![{label}]({name})", ""]
+    for label, file in pictures[1:]:
+        lines += [f"## Pictures: {label}", "", f"![{label}]({file})", ""]
     return "\n".join(lines)
 
 
