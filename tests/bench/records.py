@@ -22,7 +22,7 @@ def record(label: str, readings: list[dict], *, subject: int = 0, method: str | 
         "job": {
             "label": label, "method": method or label, "settings": {}, "prior": 0, "split": "test", "subjects_seed": 0,
             "subject": subject, "modality": {"background": None, "style": "photo", "position": "center"}, "seed": 0,
-            "pictures": 1, "denoising_steps": 2,
+            "points": [10], "batch": 8, "pictures": 1, "denoising_steps": 2,
         },
         "subject": SUBJECT | {"shape": [0.5] * 4},
         "trained": {"background": "beach", "style": "photo", "position": "center"},

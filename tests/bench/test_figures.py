@@ -8,7 +8,7 @@ import io
 import pytest
 from PIL import Image
 
-from infusion.bench.figures import beside, curves, leak, point_figures, pooled, share
+from infusion.bench.figures import beside, coverage, curves, leak, point_figures, pooled, share
 from infusion.bench.tables import write_benchmark
 from infusion.errors import InfusionError
 from tests.bench.records import FLOOR, record
@@ -32,15 +32,23 @@ def test_shares_count_what_is_asked_and_untold_is_wrong():
     assert share(only_sketch, point, ["color1"]) is None
 
 
+def test_a_picture_without_a_subject_is_told():
+    nothing = dict.fromkeys(("kind", "color1", "color2", "pattern", "accessory", "position"))
+    blind = record("x", [nothing, {"pattern": None}])
+    point = blind["points"][0]
+    assert share(blind, point, ["pattern"], told_only=True) == 0
+    assert coverage(blind, point, ["pattern"]) == 0.5
+    assert coverage(blind, point, ["color1", "pattern"]) == pytest.approx(2 / 3)  # a sketch has no colours to tell
+
+
 def test_leaks_are_above_the_base():
-    point, floor = LEAKY["points"][0], FLOOR["points"][0]
-    assert leak(LEAKY, point, floor, "background") == (1, 0)
-    assert leak(LEAKY, point, floor, "style") == (1, 0)  # only the sketch was asked for another style
-    assert leak(LEAKY, point, floor, "position") == (1, 0)
-    unread = record("x", [{"background": None}, {"background": "beach"}])
-    assert leak(unread, unread["points"][0], floor, "background") == (1, 0)
-    blind = record("x", [{"background": None}, {"background": None}])
-    assert leak(blind, blind["points"][0], floor, "background") is None
+    floor = FLOOR["points"][0]
+    rates = lambda r, name: (f := leak(r, r["points"][0], floor, name)) and (f.custom.value, f.base.value, f.unread)  # noqa: E731
+    assert rates(LEAKY, "background") == (1, 0, 0)
+    assert rates(LEAKY, "style") == (1, 0, 0)  # only the sketch was asked for another style
+    assert rates(LEAKY, "position") == (1, 0, 0)
+    assert rates(record("x", [{"background": None}, {"background": "beach"}]), "background") == (1, 0, 1)
+    assert rates(record("x", [{"background": None}, {"background": None}]), "background") is None
 
 
 def test_figures_of_a_point():
@@ -57,11 +65,35 @@ def test_jobs_meet_the_floor_of_their_own_subject():
     other = record("class-word", [{"background": "beach"}, {}], subject=1, samples=0, step=0)
     same = record("dreambooth", [{"background": "beach"}, {"background": "beach"}], subject=1)
     found = curves([FLOOR, other, LEAKY, same])
-    leaks = [row["leak_background"] for row in found["dreambooth"][80]]
+    leaks = [job["leak_background"] for jobs in found["dreambooth"][80].values() for job in jobs]
     assert leaks == [1, 0.5]
     estimate = pooled(found["dreambooth"][80], "leak_background")
     assert (estimate.value, estimate.n) == (0.75, 2)
     assert pooled(found["dreambooth"][80], "nothing") is None
+    half = 12.706 * 0.25  # Student's 97.5 % quantile with one degree of freedom, times the standard error
+    assert (estimate.low, estimate.high) == (pytest.approx(0.75 - half, abs=1e-3), pytest.approx(0.75 + half, abs=1e-3))
+
+
+def test_jobs_of_one_subject_count_as_one():
+    again = record("dreambooth", [{}, {}])
+    again["job"]["seed"] = 1
+    found = curves([FLOOR, LEAKY, again])
+    estimate = pooled(found["dreambooth"][80], "leak_background")
+    assert (estimate.value, estimate.n) == (0.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": "other"}, "more than one base"),
+        ({"judge": "other"}, "more than one judge"),
+        ({"job": {**LEAKY["job"], "settings": {"learning_rate": 1.0}}}, "'dreambooth' are of more than one setting"),
+    ],
+)
+def test_mixtures_are_refused(tmp_path, change, message):
+    first = {**LEAKY, "judge": "abc"}
+    with pytest.raises(InfusionError, match=message):
+        write_benchmark([FLOOR, first, {**first, **change}], tmp_path, pictures=False)
 
 
 def test_methods_are_compared_on_what_they_share():

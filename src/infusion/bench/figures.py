@@ -1,20 +1,23 @@
 """Figures of records: plain dicts in, numbers with intervals out.
 
-A picture's attributes are right or wrong; a job's score is their mean; intervals resample jobs, since pictures of one job
-share its training.
+A picture's attributes are right or wrong; a job's score is their mean; jobs of one subject are averaged; intervals are over
+subjects (Student's), since pictures of one job share its training and jobs of one subject its photos.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from infusion.metrics.estimate import Estimate, bootstrap
-from infusion.world.truth import ATTRIBUTES
+from infusion.metrics import leaks
+from infusion.metrics.estimate import Estimate, mean
+from infusion.world.truth import ATTRIBUTES, SCENE_HEADS
 
 Record = Mapping[str, Any]
+Figures = dict[str, float | None]
+BySubject = dict[Hashable, list[Figures]]
 TEXT = ("background", "style", "position")
 
 
@@ -30,6 +33,11 @@ def paired_requests(record: Record, point: Mapping[str, Any]) -> list[tuple[Mapp
     return [(r, record["requests"][i // each]) for i, r in enumerate(point["readings"])]
 
 
+def told(reading: Mapping[str, Any], name: str) -> bool:
+    """Whether the judge says anything of it. A picture without a subject is told: it shows nothing of the subject's."""
+    return reading[name] is not None or (name not in SCENE_HEADS and reading["kind"] is None)
+
+
 def share(record: Record, point: Mapping[str, Any], names: Sequence[str], told_only: bool = False) -> float | None:
     """Mean over `names` of the share of pictures that are right, among those that could be. What the judge cannot tell is
     wrong, or with `told_only` does not count. None where nothing counts."""
@@ -38,38 +46,49 @@ def share(record: Record, point: Mapping[str, Any], names: Sequence[str], told_o
         hits = [
             reading[name] == wanted(request)[name]
             for reading, request in paired_requests(record, point)
-            if wanted(request)[name] is not None and not (told_only and reading[name] is None)
+            if wanted(request)[name] is not None and (told(reading, name) or not told_only)
         ]
         if hits:
             rates.append(sum(hits) / len(hits))
     return sum(rates) / len(rates) if rates else None
 
 
-def leak(record: Record, point: Mapping[str, Any], floor: Mapping[str, Any], name: str) -> tuple[float, float] | None:
-    """How often the photos' `name` shows where another was asked for: here, and in `floor`, the base's own point of
-    the same prompts and seeds. Pictures that cannot be read in either do not count."""
-    trained = record["trained"][name]
-    pairs = [
-        (ours[name] == trained, base[name] == trained)
-        for (ours, request), base in zip(paired_requests(record, point), floor["readings"], strict=True)
-        if wanted(request)[name] not in (None, trained) and ours[name] is not None and base[name] is not None
+def coverage(record: Record, point: Mapping[str, Any], names: Sequence[str]) -> float | None:
+    """Of what `share` counts, how much the judge tells."""
+    heard = [
+        told(reading, name)
+        for name in names
+        for reading, request in paired_requests(record, point)
+        if wanted(request)[name] is not None
     ]
-    return (sum(a for a, _ in pairs) / len(pairs), sum(b for _, b in pairs) / len(pairs)) if pairs else None
+    return sum(heard) / len(heard) if heard else None
 
 
-def point_figures(record: Record, point: Mapping[str, Any], floor: Mapping[str, Any] | None) -> dict[str, float | None]:
+def leak(record: Record, point: Mapping[str, Any], floor: Mapping[str, Any], name: str) -> leaks.Leak | None:
+    """How often the photos' `name` shows where another was asked for, beside `floor`, the base's own point of
+    the same prompts and seeds. Pictures that cannot be read in either do not count; None where none does."""
+    asked = [wanted(request)[name] for _, request in paired_requests(record, point)]
+    ours, base = ([r[name] for r in p["readings"]] for p in (point, floor))
+    try:
+        return leaks.leak(ours, base, asked, record["trained"][name])
+    except ValueError:
+        return None
+
+
+def point_figures(record: Record, point: Mapping[str, Any], floor: Mapping[str, Any] | None) -> Figures:
     """All figures of one point of a job; those beside the base need `floor`, the class word's point of the same subject."""
     readings = point["readings"]
-    mean = lambda key: sum(r[key] for r in readings) / len(readings)  # noqa: E731
-    figures = {
+    average = lambda key: sum(r[key] for r in readings) / len(readings)  # noqa: E731
+    figures: Figures = {
         "fidelity": share(record, point, ATTRIBUTES),
         "fidelity_told": share(record, point, ATTRIBUTES, told_only=True),
+        "told": coverage(record, point, ATTRIBUTES),
         **{name: share(record, point, [name]) for name in (*ATTRIBUTES, "kind", *TEXT)},
-        "likeness": mean("like_subject"),
+        "likeness": average("like_subject"),
         "text": share(record, point, TEXT),
         "text_told": share(record, point, TEXT, told_only=True),
         "prior_likeness": sum(point["prior_likeness"]) / len(point["prior_likeness"]),
-        "to_nearest_photo": mean("to_nearest_photo"),
+        "to_nearest_photo": average("to_nearest_photo"),
         "forgetting": point["forgetting"],
         "forgetting_class_word": point["forgetting_class_word"],
         "w2": point["w2"],
@@ -77,7 +96,7 @@ def point_figures(record: Record, point: Mapping[str, Any], floor: Mapping[str, 
     if floor is not None:
         for name in TEXT:
             leaked = leak(record, point, floor, name)
-            figures[f"leak_{name}"] = leaked[0] - leaked[1] if leaked else None
+            figures[f"leak_{name}"] = leaked.above.value if leaked else None
         for name, told_only in (("text", False), ("text_told", True)):
             value, base_value = figures[name], share(record, floor, TEXT, told_only)
             if value is not None and base_value is not None:
@@ -99,41 +118,58 @@ def key(record: Record) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def curves(records: Iterable[Record]) -> dict[str, dict[int, list[dict[str, float | None]]]]:
-    """label -> samples seen -> the figures of each job at that point, with seconds and bytes."""
+def subject(record: Record) -> Hashable:
+    """Whose pictures they are."""
+    job = record["job"]
+    return job["split"], job["subjects_seed"], job["subject"]
+
+
+def curves(records: Iterable[Record]) -> dict[str, dict[int, BySubject]]:
+    """label -> samples seen -> subject -> the figures of each of its jobs at that point, with seconds and bytes."""
     records = list(records)
     floors = {key(r): r["points"][0] for r in records if r["job"]["method"] == "class-word"}
-    found: dict[str, dict[int, list[dict[str, float | None]]]] = {}
+    found: dict[str, dict[int, BySubject]] = {}
     for record in records:
+        by_samples = found.setdefault(record["job"]["label"], {})
         for point in record["points"]:
             figures = point_figures(record, point, floors.get(key(record)))
             figures |= {"seconds": point["seconds"], "bytes": point["bytes"]}
-            found.setdefault(record["job"]["label"], {}).setdefault(point["samples"], []).append(figures)
+            by_samples.setdefault(point["samples"], {}).setdefault(subject(record), []).append(figures)
     return found
 
 
 def beside(records: Iterable[Record], label: str) -> dict[str, dict[str, Estimate]]:
-    """Other labels -> figure -> the mean difference of `label` minus the other at either's last point, over the jobs
-    of both that share photos, prompts and seeds; the interval resamples those pairs."""
+    """Other labels -> figure -> the mean difference of `label` minus the other at either's last point, over the subjects
+    of both; jobs are paired that share photos, prompts and seeds."""
     records = list(records)
     floors = {key(r): r["points"][0] for r in records if r["job"]["method"] == "class-word"}
-    last: dict[str, dict[Any, dict[str, float | None]]] = {}
+    last: dict[str, dict[Hashable, tuple[Hashable, Figures]]] = {}
     for r in records:
         figures = point_figures(r, r["points"][-1], floors.get(key(r)))
-        last.setdefault(r["job"]["label"], {})[(key(r), r["job"]["seed"])] = figures
+        last.setdefault(r["job"]["label"], {})[(key(r), r["job"]["seed"])] = (subject(r), figures)
     ours = last.get(label, {})
     found: dict[str, dict[str, Estimate]] = {}
     for other, theirs in last.items():
-        pairs = [(ours[k], theirs[k]) for k in ours.keys() & theirs.keys()] if other != label else []
-        for name in pairs[0][0] if pairs else ():
-            both = [(a, b) for x, y in pairs if (a := x.get(name)) is not None and (b := y.get(name)) is not None]
-            if both:
-                differences = torch.tensor([a - b for a, b in both], dtype=torch.float64)
-                found.setdefault(other, {})[name] = bootstrap(differences)
+        differences: BySubject = {}
+        for k in ours.keys() & theirs.keys() if other != label else ():
+            (whose, a), (_, b) = ours[k], theirs[k]
+            differences.setdefault(whose, []).append({n: _minus(a[n], b.get(n)) for n in a})
+        names = {name for jobs in differences.values() for job in jobs for name in job}
+        figures = {name: e for name in sorted(names) if (e := pooled(differences, name))}
+        if figures:
+            found[other] = figures
     return found
 
 
-def pooled(rows: Sequence[Mapping[str, float | None]], name: str) -> Estimate | None:
-    """Mean of a figure over jobs with the interval of resampled jobs; None where no job has it."""
-    values = [v for row in rows if (v := row.get(name)) is not None]
-    return bootstrap(torch.tensor(values, dtype=torch.float64)) if values else None
+def pooled(rows: Mapping[Hashable, Sequence[Figures]], name: str) -> Estimate | None:
+    """Mean of a figure over subjects, each the mean of its jobs; None where no job has it."""
+    values = [
+        sum(known) / len(known)
+        for jobs in rows.values()
+        if (known := [v for job in jobs if (v := job.get(name)) is not None])
+    ]
+    return mean(torch.tensor(values, dtype=torch.float64)) if values else None
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b

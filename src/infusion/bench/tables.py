@@ -18,6 +18,7 @@ from infusion.sheets import contact_sheet
 TEXT_COLUMNS = (
     ("fidelity", "subject fidelity", "%"),
     ("fidelity_told", "where told", "%"),
+    ("told", "told", "%"),
     ("likeness", "likeness", ""),
     ("kind", "class", "%"),
     ("text", "text followed", "%"),
@@ -88,14 +89,14 @@ def page(
         "Every subject is learned from four photos that show it in one background, style and position; every prompt asks for another background, most for another style or position. "
         "What a picture shows is read by the judge (`docs/world.md`). Same hands made world, judge, base and methods: the figures hold for this world.",
         "",
-        "Built by `infusion bench report`; run by `infusion bench run`. Intervals hold 95 % of means over resampled subjects; n is the number of jobs.",
+        "Built by `infusion bench report`; run by `infusion bench run`. Intervals are Student's over subjects, 95 %; n is the number of subjects. A figure without one is the same for every subject.",
         "",
         *([reading.strip(), ""] if reading else []),
         "## At the last point",
         "",
         *_table(found, TEXT_COLUMNS),
         "",
-        "Subject fidelity: mean share of right first colour, second colour, pattern and accessory; what the judge cannot tell is wrong, and does not count where it says \"where told\". Likeness: cosine of the judge's embedding to the photos' subject. "
+        'Subject fidelity: mean share of right first colour, second colour, pattern and accessory; what the judge cannot tell is wrong, and does not count where it says "where told"; "told" is how much it tells, of other pictures for every method. Likeness: cosine of the judge\'s embedding to the photos\' subject. '
         "Leak: how often the photos' background, style or position comes back where another was asked for, above the base's rate on the same prompts and seeds. LFD: latent Fisher divergence, eps form. "
         "PRES: likeness of pictures of the plain class word to the subject. Nearer to a photo: how much smaller the pixel distance to the nearest photo is than the base's. "
         "class-word and described learn nothing: the floor and what words alone can do.",
@@ -138,10 +139,12 @@ def _beside(records: Sequence[Record], label: str = "infusion") -> list[str]:
     found = beside(records, label)
     if not found:
         return []
+    count = sum(name in figures for figures in found.values() for name, _, _ in BESIDE)
     lines = [
         "## Infusion beside each other",
         "",
-        "Infusion's figure minus the other's on the same subjects, prompts and seeds, at the last point of both. An interval that leaves out 0 is a difference.",
+        "Infusion's figure minus the other's on the same subjects, prompts and seeds, at the last point of both; \"where told\" and leaks rest on what can be told in each. "
+        f"Of {count} comparisons one in twenty would leave out 0 by chance.",
         "",
         f"| Infusion minus | {' | '.join(title for _, title, _ in BESIDE)} | n |",
         "|---" * (len(BESIDE) + 2) + "|",
@@ -155,15 +158,9 @@ def _beside(records: Sequence[Record], label: str = "infusion") -> list[str]:
 def _cell(e: Estimate | None, unit: str) -> str:
     if e is None:
         return ""
-    if unit in ("%", "pp"):
-        sign = "+" if unit == "pp" else ""
-        return (
-            f"{100 * e.value:{sign}.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]"
-            if e.n > 1
-            else f"{100 * e.value:{sign}.1f}"
-        )
-    shape = ".2g" if unit == "e" else ".3g"
-    return f"{e.value:{shape}} [{e.low:{shape}}, {e.high:{shape}}]" if e.n > 1 else f"{e.value:{shape}}"
+    scale, shape = {"%": (100, ".1f"), "pp": (100, "+.1f"), "e": (1, ".2g")}.get(unit, (1, ".3g"))
+    value, low, high = (f"{scale * x:{shape}}" for x in (e.value, e.low, e.high))
+    return f"{value} [{low}, {high}]" if e.n > 1 and e.low < e.high else value
 
 
 def _costs(records: Sequence[Record], found: dict) -> list[str]:
@@ -257,10 +254,22 @@ def _cut(strip: str) -> list[Image.Image]:
 
 
 def _refuse_mixtures(records: Sequence[Record]) -> None:
-    """Records of different bases or splits have nothing to say of each other."""
-    for what, of in (("base", lambda r: r["base"]), ("split", lambda r: r["job"]["split"])):
-        values: set[Any] = {of(r) for r in records}
+    """Records of different bases, judges or splits have nothing to say of each other, nor do different settings under one label."""
+    for what, of in (
+        ("base", lambda r: r["base"]),
+        ("judge", lambda r: r.get("judge")),
+        ("split", lambda r: r["job"]["split"]),
+    ):
+        values: set[Any] = {of(r) for r in records} - {None}
         if len(values) > 1:
             raise InfusionError(
                 f"The records are of more than one {what} ({', '.join(sorted(map(str, values)))}); keep each in a folder of its own."
+            )
+    settings: dict[str, Any] = {}
+    for r in records:
+        job = r["job"]
+        decides = [job[k] for k in ("method", "settings", "prior", "points", "batch", "pictures", "denoising_steps")]
+        if settings.setdefault(job["label"], decides) != decides:
+            raise InfusionError(
+                f"The records of {job['label']!r} are of more than one setting ({settings[job['label']]}, {decides}); keep each in a folder of its own."
             )
