@@ -79,7 +79,7 @@ def learning(
 ) -> Iterator[LearnState]:
     """Learn a concept step by step; every step yields its `LearnState`.
 
-    photos: a folder, pictures, or a prepared `Lesson`. word: the class word, as the base knows it.
+    photos: a folder, pictures, or a prepared `Lesson`, which has its own say on `flip` and `masked`. word: the class word, as the base knows it.
     The same seed on the same machine gives the same concept. Leaves nothing on the pipeline,
     also when the caller stops early.
     """

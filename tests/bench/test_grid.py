@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from infusion.bench.grid import jobs, load_grid
+from infusion.bench.grid import REFERENCES, jobs, load_grid
 from infusion.bench.subjects import PHOTOS, case, requests
 from infusion.errors import InfusionError
+from infusion.methods import METHODS
 from infusion.world.scenes import few_modalities, render
 from infusion.world.vocabulary import BACKGROUNDS, CLASSES
 
@@ -17,6 +18,7 @@ def test_the_defaults_hold_every_method():
     assert len(todo) == grid.subjects * len(grid.methods)
     assert len({job.name for job in todo}) == len(todo)
     assert {job.subject for job in todo[: len(grid.methods)]} == {0}  # whole subjects first
+    assert {job.method for job in todo} == {*METHODS, *REFERENCES} - {"key-value"}  # an ablation, not in the grid
     single = next(job for job in todo if job.label == "single-stream")
     assert (single.method, single.settings["two_streams"], single.prior) == ("infusion", False, 0)
     assert next(job for job in todo if job.label == "custom-diffusion").prior == 32
@@ -35,6 +37,9 @@ def test_a_file_and_overrides(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ({"methods.infusion.prior": 32}, "preserves no prior"),
+        ({"subjects.x": 1}, "'subjects' has no keys"),
+        ({"modalities.style": "sketch"}, "'modalities' has no keys"),
         ({"subject": 3}, "'subject' is 3"),
         ({"subjects": 0}, "greater than or equal to 1"),
         ({"points": [5, 5]}, "must rise"),

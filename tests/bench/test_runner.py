@@ -8,7 +8,7 @@ import os
 import pytest
 
 from infusion.bench.grid import Job, jobs, load_grid
-from infusion.bench.runner import pending, read_records, record_path, run_jobs, write_record
+from infusion.bench.runner import pending, read_records, record_path, refuse_other_bases, run_jobs, write_record
 from infusion.errors import InfusionError
 
 GRID = load_grid(None, {"subjects": 3, "methods": {"infusion": {}, "dreambooth": {}}})
@@ -62,6 +62,27 @@ def test_records_are_never_changed(tmp_path):
     path.write_text("{")
     with pytest.raises(InfusionError, match="is damaged"):
         read_records(tmp_path)
+
+
+def diverging(job: Job, threads: int) -> dict:
+    return {"loss": float("nan") if job.label == "dreambooth" else 0.0}
+
+
+def test_a_record_that_cannot_be_written_ends_no_other_job(tmp_path):
+    results = [result for _, result in run_jobs(jobs(GRID), tmp_path, 2, one=diverging)]
+    failed = [r for r in results if isinstance(r, Exception)]
+    assert len(results) == 6
+    assert len(failed) == 3
+    assert all("it diverged; lower its learning rate" in str(f) for f in failed)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_records_of_another_base_do_not_pass_for_done(tmp_path):
+    refuse_other_bases(tmp_path, "abc")
+    write_record(tmp_path / "a.json", {"base": "abc"})
+    refuse_other_bases(tmp_path, "abc")
+    with pytest.raises(InfusionError, match=r"another base \(abc, here def\)"):
+        refuse_other_bases(tmp_path, "def")
 
 
 def test_bad_calls(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import tomllib
 from dataclasses import dataclass, fields
@@ -65,6 +66,8 @@ class Grid(BaseModel):
                 continue
             if name not in METHODS:
                 raise ValueError(f"{name!r} is no method; use one of {', '.join((*REFERENCES, *METHODS))}")
+            if "prior" in settings and "prior" not in inspect.signature(METHODS[name][0]).parameters:
+                raise ValueError(f"{label} preserves no prior; take prior out")
             known = {f.name for f in fields(METHODS[name][1])} - {"steps", "batch", "seed"}
             if bad := settings.keys() - known - {*_OURS}:
                 raise ValueError(f"{label} has no setting {sorted(bad)[0]!r}; use one of {', '.join(sorted(known))}")
@@ -111,18 +114,23 @@ def load_grid(path: Path | None = None, overrides: dict[str, Any] | None = None)
             *parents, last = key.split(".")
             place = settings
             for parent in parents:
-                place = place.setdefault(parent, {})
+                place = place.setdefault(parent, {}) if isinstance(place, dict) else None
+            if not isinstance(place, dict):
+                raise InfusionError(
+                    f"{key!r} is no setting: {'.'.join(parents)!r} has no keys; see bench/defaults.toml."
+                )
             place[last] = value
         return Grid(**settings)
     except OSError as error:
         raise InfusionError(f"{str(path)!r} cannot be read ({error.strerror}); give a TOML file.") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InfusionError(f"{str(path)!r} is not TOML ({error}); see bench/defaults.toml.") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
+        given = "" if isinstance(first["input"], dict | list) else f" is {first['input']!r}"
         raise InfusionError(
-            f"The benchmark's setting {where!r} is {first['input']!r}: {first['msg']}. bench/defaults.toml shows all of them."
+            f"The benchmark's setting {where!r}{given}: {first['msg']}. bench/defaults.toml shows all of them."
         ) from None
 
 

@@ -24,6 +24,15 @@ def pending(todo: Sequence[Job], folder: Path) -> list[Job]:
     return [job for job in todo if not record_path(folder, job).exists()]
 
 
+def refuse_other_bases(folder: Path, base: str) -> None:
+    """Raise InfusionError where `folder` holds records of another base: its jobs would pass for done."""
+    others = {r["base"] for r in read_records(folder)} - {base} if any(folder.glob("*.json")) else set()
+    if others:
+        raise InfusionError(
+            f"{str(folder)!r} holds records of another base ({sorted(others)[0][:12]}, here {base[:12]}); give a new folder."
+        )
+
+
 def record_path(folder: Path, job: Job) -> Path:
     """Where a job's record lies."""
     return folder / f"{job.name}.json"
@@ -49,8 +58,11 @@ def run_jobs(
     threads = max(1, (os.cpu_count() or 1) // workers)
     runs = _on_ray if engine == "ray" else _in_processes
     for job, result in runs(pending(todo, folder), workers, threads, one or _run_job):
-        if not isinstance(result, Exception):
-            result = write_record(record_path(folder, job), {**result, "command": command, "engine": engine})
+        try:
+            if not isinstance(result, Exception):
+                result = write_record(record_path(folder, job), {**result, "command": command, "engine": engine})
+        except (InfusionError, OSError, ValueError) as error:
+            result = error
         yield job, result
 
 
@@ -58,19 +70,24 @@ def write_record(path: Path, record: dict[str, Any]) -> Path:
     """Write a record once: to a temporary file, synced, then linked to its name, which must be free."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     stamped = {**record, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    with temporary.open("w") as file:
-        json.dump(stamped, file, separators=(",", ":"), allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
     try:
+        text = json.dumps(stamped, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        raise InfusionError(
+            f"{path.stem} gave a figure that is not finite: it diverged; lower its learning rate."
+        ) from None
+    try:
+        with temporary.open("w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.link(temporary, path)
     except FileExistsError:
         raise InfusionError(
             f"{str(path)!r} exists; records are never changed. Move it away to run the job again."
         ) from None
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -99,7 +116,9 @@ def _in_processes(
 ) -> Iterator[tuple[Job, dict[str, Any] | Exception]]:
     # Spawned, not forked: a forked child inherits torch's thread pools in an unknown state.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_limit_threads, initargs=(threads,)) as pool:
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # children read it as they start, before they import torch
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
         running = {pool.submit(one, job, threads): job for job in todo}
         try:
             for done in as_completed(running):
@@ -107,10 +126,10 @@ def _in_processes(
                 yield running[done], error if isinstance(error, Exception) else done.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _limit_threads(threads: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+            if before is None:
+                os.environ.pop("OMP_NUM_THREADS", None)
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
 
 
 def _on_ray(

@@ -31,7 +31,7 @@ from infusion.methods.dreambooth import prior_lesson
 from infusion.methods.interface import Adapter, MethodState, stored_bytes
 from infusion.metrics.wasserstein import empirical_w2, principal
 from infusion.world.captions import caption
-from infusion.world.judge import Judge, load_judge
+from infusion.world.judge import Judge, judge_digest, load_judge
 from infusion.world.questions import shown
 from infusion.world.release import read_index
 from infusion.world.requests import Request
@@ -66,7 +66,14 @@ def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
     start = time.monotonic()
     pipe, judge = _base(), load_judge()
     chosen = case(job.split, job.subjects_seed, job.subject, **job.modality)
-    lesson = prepare_lesson(pipe, chosen.photos(), chosen.subject.kind, "subject")
+    lesson = prepare_lesson(
+        pipe,
+        chosen.photos(),
+        chosen.subject.kind,
+        "subject",
+        flip=job.settings.get("flip", True) and chosen.position == "center",  # a mirror image stands at another place
+        masked=job.settings.get("masked", True),
+    )
     asked, truth = requests(chosen, job.split), photo_embedding(judge.read(stacked(lesson.pictures)))
     points, learning, last = [], 0.0, time.monotonic()
     for state in states(job, pipe, lesson, chosen):
@@ -91,9 +98,10 @@ def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
         "points": points,
         "seconds": round(time.monotonic() - start, 1),
         "threads": threads,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "worker_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of all its jobs so far
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
         "base": read_index()["sha256"],
+        "judge": judge_digest(),
     }
 
 

@@ -1,6 +1,6 @@
 """Infusion itself behind the same interface: one residual a cross-attention layer, maps of the foundational stream.
 
-Switches are those of `LearnConfig`: a single stream, subsets of layers, the loss without a mask.
+Switches are those of `LearnConfig`: a single stream, subsets of layers. Mirror images and masks are the lesson's.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ embedding. A head that is not sure says nothing: "cannot tell" is None.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -175,6 +176,11 @@ class Judge:
 def load_judge() -> Judge:
     """The shipped judge. Raises FileNotFoundError where its weights are missing."""
     return Judge.load(SHIPPED)
+
+
+def judge_digest() -> str:
+    """SHA-256 of the shipped judge's file."""
+    return hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
 
 
 def peaks(heat: Tensor) -> list[tuple[int, int, float]]:

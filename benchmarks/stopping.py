@@ -1,0 +1,66 @@
+"""Does `--stop-when-overfit` stop in time? python benchmarks/stopping.py
+
+Learns one subject of the benchmark with Infusion, with a full fine-tune and with a LoRA at rates that overfit, looks every so often without
+stopping, and has the judge read how often the photos' background and place come back at each look, beside the base's own rate.
+Writes stopping.json: what the looks say, and what is true.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from infusion.base import load_base
+from infusion.bench.figures import leak
+from infusion.bench.grid import Job
+from infusion.bench.subjects import case, requests
+from infusion.bench.trial import Words, measure
+from infusion.judged import photo_embedding, stacked
+from infusion.lesson import prepare_lesson
+from infusion.methods import METHODS
+from infusion.steering import SteerConfig, steered
+from infusion.world.judge import load_judge
+
+RATES = {"infusion": 0.06, "dreambooth": 3e-4, "dreambooth-lora": 3e-3}
+
+
+def watched(name: str, number: int, steps: int, every: int) -> dict:
+    """One method's looks, each with the true leaks of the state that it looked at."""
+    pipe, judge = load_base(device="cpu"), load_judge()
+    chosen = case("test", 0, number, None, "photo", "center")
+    lesson = prepare_lesson(pipe, chosen.photos(), chosen.subject.kind, "subject")
+    asked, truth = requests(chosen, "test"), photo_embedding(judge.read(stacked(lesson.pictures)))
+    job = Job(name, name, {}, 0, "test", 0, number, {}, 0, (steps,), 8, 1, 20)
+    record = {
+        "job": {"pictures": 1},
+        "requests": [asdict(r) for r in asked],
+        "trained": {"background": chosen.background, "style": chosen.style, "position": chosen.position},
+    }
+    floor = measure(pipe, judge, Words(f"a {lesson.word}"), job, lesson, asked, truth, 0)
+    learn, config = METHODS[name]
+    states = learn(pipe, lesson, config(steps=steps, batch=8, learning_rate=RATES[name]))
+    looks = []
+    for now in steered(pipe, states, lesson, SteerConfig(every=every, stop=False)):
+        if now.checkup:
+            point = measure(pipe, judge, now.state.adapter, job, lesson, asked, truth, now.state.step)
+            leaks = {n: leak(record, point, floor, n) for n in ("background", "position")}
+            like = sum(r["like_subject"] for r in point["readings"]) / len(point["readings"])
+            looks.append({"step": now.state.step, "above": now.checkup.above, "likeness": like, "leaks": leaks})
+            print(name, looks[-1], flush=True)
+    return {"method": name, "learning_rate": RATES[name], "subject": number, "looks": looks}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subject", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--every", type=int, default=100)
+    parser.add_argument(
+        "--method", action="append", choices=list(RATES), help="may be given several times; all without"
+    )
+    parser.add_argument("--out", type=Path, default=Path("stopping.json"))
+    args = parser.parse_args()
+    found = [watched(name, args.subject, args.steps, args.every) for name in args.method or RATES]
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
