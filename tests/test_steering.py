@@ -53,7 +53,7 @@ def test_checkups_come_when_asked_and_change_nothing(pipe, lesson):
 
 
 def test_a_method_that_repeats_is_stopped_and_the_state_before_is_kept(pipe, lesson, monkeypatch):
-    """The second checkup is made to look like the photos; the adapter kept must be the first one's, not the live one."""
+    """The second and third checkups are made to look like the photos; the adapter kept must be the first one's, not the live one."""
     unet = copy.deepcopy(pipe.unet)
 
     def states():
@@ -70,18 +70,37 @@ def test_a_method_that_repeats_is_stopped_and_the_state_before_is_kept(pipe, les
 
     def likeness(self, shown):
         looks.append(1)
-        return stock(self, shown) + (10 if len(looks) == 3 else -10 if len(looks) == 2 else 0)  # 1 is the base itself
+        return stock(self, shown) + (
+            10 if len(looks) in (3, 4) else -10 if len(looks) == 2 else 0
+        )  # 1 is the base itself
 
     monkeypatch.setattr(steering._Watch, "_likeness", likeness)
     seen = run(pipe, states(), lesson, every=2)
-    assert [s.state.step for s in seen] == [1, 2, 3, 4]
+    assert [s.state.step for s in seen] == [1, 2, 3, 4, 5, 6]
     last = seen[-1]
     assert last.stopped.startswith(
-        "Stopped at step 4: 100% of the pictures repeat the place of the photos, 75 points above"
+        "Stopped at step 6: 100% of the pictures repeat the place of the photos, 75 points above"
     )
     assert "step 2 is kept" in last.stopped
     kept, live = (next(a.adapter.unet.parameters()) for a in (last.best, last.state))
-    assert float((live - kept).detach().mean()) == pytest.approx(0.02, abs=1e-4)
+    assert float((live - kept).detach().mean()) == pytest.approx(0.04, abs=1e-4)
+
+
+def test_one_look_beyond_the_limit_does_not_stop(pipe, lesson, monkeypatch):
+    from infusion import steering
+
+    stock = steering._Watch._likeness
+    looks = []
+
+    def likeness(self, shown):
+        looks.append(1)
+        return stock(self, shown) + (-10 if len(looks) in (2, 4) else 10 if len(looks) > 1 else 0)
+
+    monkeypatch.setattr(steering._Watch, "_likeness", likeness)
+    seen = run(pipe, dreambooth(pipe, lesson, DreamBoothConfig(4, 1)), lesson, every=1)
+    assert [s.checkup.above > 0.1 for s in seen] == [False, True, False, True]
+    assert not any(s.stopped for s in seen)
+    assert [s.best.step for s in seen] == [1, 1, 3, 3]
 
 
 def test_nothing_within_the_limit(pipe, lesson, monkeypatch):
@@ -96,9 +115,9 @@ def test_nothing_within_the_limit(pipe, lesson, monkeypatch):
 
     monkeypatch.setattr(steering._Watch, "_likeness", likeness)
     seen = run(pipe, dreambooth(pipe, lesson, DreamBoothConfig(4, 1)), lesson, every=1)
-    assert len(seen) == 1
-    assert seen[0].best is None
-    assert "no step before it was within the limit" in seen[0].stopped
+    assert len(seen) == 2
+    assert seen[1].best is None
+    assert "no step before it was within the limit" in seen[1].stopped
     looks.clear()
     assert len(run(pipe, dreambooth(pipe, lesson, DreamBoothConfig(4, 1)), lesson, every=1, stop=False)) == 4
 

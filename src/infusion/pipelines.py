@@ -108,8 +108,15 @@ class Attachment:
 
     @property
     def streams(self) -> Streams:
-        """The streams of the pipeline's UNet, as long as something is attached to it."""
+        """The streams of the pipeline's UNet. Raises InfusionError after `detach`."""
+        if self not in self._session.attachments:
+            raise InfusionError("Nothing is attached any more; attach the concepts again.")
         return self._session.streams
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing else is attached to the pipeline's UNet."""
+        return self._session.attachments == [self]
 
     def __enter__(self) -> Attachment:
         return self

@@ -1,4 +1,5 @@
-"""Steer a training by the figures of its overfitting: look every so often, stop when it repeats its photos, keep the best.
+"""Steer a training by the figures of its overfitting: look every so often, stop when two looks in a row find that it repeats its
+photos, keep the best.
 
     for now in steered(pipe, infusion(pipe, lesson), lesson, SteerConfig(every=50)):
         print(now.state.step, now.checkup)
@@ -91,18 +92,22 @@ def steered(
     config: SteerConfig | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Steered]:
-    """The method's states with checkups among them; ends at the first checkup beyond the limit, if `config.stop`."""
+    """The method's states with checkups among them; ends at the second checkup in a row beyond the limit, if `config.stop`: one of
+    some twenty pictures each is beyond it by chance too often."""
     config, told = config or SteerConfig(), progress or (lambda *_: None)
     watch = _Watch(pipe, lesson, config, told)
     best: MethodState | None = None
+    beyond = 0
     for state in states:
         checkup = stopped = None
         if state.step % config.every == 0 or state.step == state.steps:
             checkup = watch.look(state)
             if checkup.above <= config.limit:
+                beyond = 0
                 best = MethodState(state.step, state.steps, state.loss, copy.deepcopy(state.adapter))
-            elif config.stop:
-                stopped = _reason(checkup, best, config)
+            else:
+                beyond += 1
+                stopped = _reason(checkup, best, config) if config.stop and beyond > 1 else None
         yield Steered(state, checkup, best, stopped)
         if stopped:
             if close := getattr(states, "close", None):

@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
 from PIL import Image
 from torch import nn
 
+from infusion.concept import Concept
 from infusion.errors import InfusionError
 from infusion.lesson import prepare_lesson
 from infusion.methods import METHODS
@@ -20,12 +21,13 @@ from infusion.methods.custom_diffusion import CustomDiffusionConfig, custom_diff
 from infusion.methods.dreambooth import DreamBoothConfig, dreambooth, prior_lesson
 from infusion.methods.infusion import infusion
 from infusion.methods.interface import stored_bytes
-from infusion.methods.key_value import KeyValueConfig, added, key_value
+from infusion.methods.key_value import KeyValueAdapter, KeyValueConfig, added, key_value
 from infusion.methods.lora import LoraConfig, dreambooth_lora
 from infusion.methods.perfusion import Edit, PerfusionConfig, inverse_covariance, perfusion, rank_one
 from infusion.methods.textual_inversion import TextualInversionConfig, textual_inversion
 from infusion.methods.tokens import NewWord
 from infusion.photos import Photo
+from infusion.pipelines import attach
 from infusion.prompts import Mention
 from infusion.streams import Plan, Streams, cross_attention_layers, projections
 from infusion.training import LearnConfig
@@ -129,6 +131,15 @@ def test_residuals_on_keys_equal_the_equation(pipe):
     assert (ours[1] - base[1]).abs().max() > 1e-3
     with pytest.raises(InfusionError, match="use 'k', 'v' or 'kv'"):
         KeyValueConfig(on="q")
+    adapter = KeyValueAdapter("a <rex>", Concept("rex", "dog", {}), residuals)
+    with (
+        attach(pipe, Concept("milo", "cat", {})) as attachment,
+        pytest.raises(InfusionError, match="beside attached"),
+        adapter.attached(pipe),
+    ):
+        pass
+    with pytest.raises(InfusionError, match="attach the concepts again"):
+        _ = attachment.streams
 
 
 def test_dreambooth_equals_a_plain_loop(pipe, lesson):

@@ -109,10 +109,10 @@ def test_the_better_checkpoint_is_kept(tmp_path):
 
     with torch.no_grad():
         parameter.flatten()[0] = 5.0
-    assert keep_best(tmp_path, text, unet, score) == (5.0, None)
-    save_best(tmp_path, text, unet, 5.0)
-    for now, kept in ((7.0, 7.0), (3.0, 5.0)):
+    assert keep_best(tmp_path, text, unet, score) == (5.0, None, None)
+    save_best(tmp_path, text, unet, 5.0, 200)
+    for now, kept, step in ((7.0, 7.0, None), (3.0, 5.0, 200)):
         with torch.no_grad():
             parameter.flatten()[0] = now
-        assert keep_best(tmp_path, text, unet, score) == (now, 5.0)
+        assert keep_best(tmp_path, text, unet, score) == (now, 5.0, step)
         assert score() == kept

@@ -9,7 +9,7 @@ import torch
 
 from infusion.world.judge import Reading, SubjectReading
 from infusion.world.questions import answers, asked, both, in_words, shown
-from infusion.world.requests import Request, Wanted, described, phrase, unseen_requests
+from infusion.world.requests import Request, Wanted, phrase, unseen_requests
 from infusion.world.scenes import Placed, Scene, held_out
 from infusion.world.subjects import Subject
 from infusion.world.tokenizer import MAX_LENGTH, build_tokenizer
@@ -47,10 +47,6 @@ def test_a_request_in_words():
         "a spotted purple and yellow dog with a hat on the left"
     )
     assert phrase(Wanted("mug", "orange")) == "an orange mug"
-    milo = Subject("dog", "purple", "yellow", "spotted", "none", (0.5,) * 4)
-    told = described(Scene((Placed(milo, 0.2),), "beach", "sketch"))
-    assert told.prompt == "a sketch of a spotted purple and yellow dog on the left on the beach"
-    assert told.subjects[0].accessory is None
 
 
 def test_what_cannot_be_told_is_wrong_and_what_is_not_asked_does_not_count():

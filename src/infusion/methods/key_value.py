@@ -53,14 +53,18 @@ class KeyValueAdapter:
 
     @contextmanager
     def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        """The pipeline itself, which knows the name within the block."""
-        with attach(pipe, self.concept, two_streams=False) as attachment, added(attachment.streams, self.tensors()):
-            yield pipe
+        """The pipeline itself, which knows the name within the block. Raises InfusionError beside attached concepts, whose
+        words would get these residuals too."""
+        with attach(pipe, self.concept, two_streams=False) as attachment:
+            if not attachment.alone:
+                raise InfusionError("Key-value residuals cannot be used beside attached concepts; detach these first.")
+            with added(attachment.streams, self.tensors()):
+                yield pipe
 
 
 @contextmanager
 def added(streams: Streams, residuals: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it, the named projections add their residual (c,) at the concept's word, in every row that carries it."""
+    """Within it, the named projections add their residual (c,) at every concept's word, in the rows that carry one."""
     layers = projections(streams.unet)
 
     def adding(path: str):

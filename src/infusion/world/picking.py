@@ -29,10 +29,10 @@ def judged(
     return sum(right[name].value for name in ("kind", *SCENE_HEADS, "color1", "pattern", "position")) / 6
 
 
-def save_best(folder: Path, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, score: float) -> None:
-    """Write the networks as they are to BEST, with their score: a run that goes on knows by it what it has to beat."""
+def save_best(folder: Path, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, score: float, step: int) -> None:
+    """Write the networks as they are to BEST, with their step and score: a run that goes on knows by it what it has to beat."""
     path = folder / BEST
-    state = {"score": score, "unet": unet.state_dict(), "text_encoder": text_encoder.state_dict()}
+    state = {"score": score, "step": step, "unet": unet.state_dict(), "text_encoder": text_encoder.state_dict()}
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
@@ -45,18 +45,19 @@ def best_score(folder: Path) -> float:
 
 def keep_best(
     folder: Path, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, inspect: Callable[[], float]
-) -> tuple[float, float | None]:
+) -> tuple[float, float | None, int | None]:
     """Leave the better of the networks as they are and the checkpoint BEST, if there is one, in the networks; returns both
-    scores."""
+    scores, and the checkpoint's step where it is the better one."""
     last, path = inspect(), folder / BEST
     if not path.exists():
-        return last, None
+        return last, None, None
     now = [{k: v.clone() for k, v in n.state_dict().items()} for n in (unet, text_encoder)]
     best = torch.load(path, weights_only=True, map_location="cpu")
     unet.load_state_dict(best["unet"])
     text_encoder.load_state_dict(best["text_encoder"])
     before = inspect()
-    if before <= last:
-        unet.load_state_dict(now[0])
-        text_encoder.load_state_dict(now[1])
-    return last, before
+    if before > last:
+        return last, before, best["step"]
+    unet.load_state_dict(now[0])
+    text_encoder.load_state_dict(now[1])
+    return last, before, None

@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from transformers import CLIPTextModel
@@ -211,14 +212,16 @@ def train_base(
             if validates or judges:
                 ema.store(networks.parameters())
                 ema.copy_to(networks.parameters())
+                recording = dict(unet.attn_processors)
+                unet.set_attn_processor(AttnProcessor2_0())  # what is drawn now need not be kept
                 if validates:
                     measured = validate(text_encoder, unet, *validation)
                 if judges and (score := inspect()) > best:
                     best = score
-                    save_best(folder, text_encoder, unet, score)
+                    save_best(folder, text_encoder, unet, score, step)
+                unet.set_attn_processor(recording)
                 ema.restore(networks.parameters())
-                records.clear()
-            losses = [float(loss) for loss in (denoising, grounding, separation, segmentation, attribute)]
+            losses = [float(loss.detach()) for loss in (denoising, grounding, separation, segmentation, attribute)]
             yield Progress(step, step * config.batch, spent, *losses, lr, measured, score)
         save()
     head.remove()
@@ -356,8 +359,8 @@ def main() -> None:
         if p.score is not None:
             _log(args.folder, stage="judged", step=p.step, score=round(p.score, 4))
     if inspect:
-        last, best = keep_best(args.folder, text_encoder, unet, inspect)
-        _log(args.folder, stage="picked", last=last, best=best)
+        last, best, picked = keep_best(args.folder, text_encoder, unet, inspect)
+        _log(args.folder, stage="picked", last=last, best=best, kept=picked)
     finished = {"vae": autoencoder, "text_encoder": text_encoder, "unet": unet}
     torch.save({part: network.state_dict() for part, network in finished.items()}, args.folder / "final.pt")
     _log(args.folder, stage="done", **asdict(measure_maps(text_encoder, unet, *validation)))

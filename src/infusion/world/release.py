@@ -99,7 +99,8 @@ def model_card(log: list[dict[str, Any]], index: dict[str, Any], folder: Path) -
     coder = [line for line in log if line["stage"] == "autoencoder"]
     gate = next((line for line in reversed(log) if line["stage"] == "done"), {})
     bytes_ = sum((folder / name).stat().st_size for names in index["files"].values() for name in names)
-    seen, seconds = base[-1]["seen"], base[-1]["seconds"]
+    kept = _kept(log, base)
+    seen, seconds = kept["seen"], kept["seconds"]
     return f"""# The embedded base
 
 A small latent diffusion model of the procedural world in `infusion.world`, in diffusers' own classes
@@ -113,7 +114,7 @@ nothing else.
 | SHA-256 over the shards, in the order of `index.json` | `{index["sha256"]}` |
 | training set | {start["scenes"]:,} scenes drawn once, four captions each; held-out combinations never drawn (`scenes.held_out`) |
 | autoencoder | {coder[-1]["step"]:,} steps of {start["autoencoder"]["batch"]} crops of 32x32, the last 15 % on whole scenes; {coder[-1]["psnr"]:.1f} dB PSNR on 64 of its scenes |
-| text encoder and UNet | {seen:,} pictures seen ({base[-1]["step"]:,} steps of {start["batch"]}), v-prediction, AdamW, averaged weights ({start["ema"]}), captions dropped {start["caption_dropout"]:.0%} |
+| text encoder and UNet | {seen:,} pictures seen ({kept["step"]:,} steps of {start["batch"]}), v-prediction, AdamW, averaged weights ({start["ema"]}), captions dropped {start["caption_dropout"]:.0%} |
 | settings | {_parts(starts, base)}; the rate falls to zero over the last {starts[-1]["decay"]:.0%} |
 | terms beside denoising | grounding: the class word's maps of 16x16 and 8x8 on the subject's mask; separation: words of one kind apart in the text encoder; segmentation and attributes: each pixel's class, colours, pattern and accessory, read from features; subjects: how much more errors inside masks count |
 | hardware | {platform.machine()}, {torch.get_num_threads()} CPU threads, bf16 autocast, torch {torch.__version__} |
@@ -135,6 +136,12 @@ Train it again: `python -m infusion.world.pretrain --folder runs/base --minutes 
 `python -m infusion.world.release --folder runs/base`. It uses a GPU where there is one. Go on from these weights
 alone: add `--from-weights` and a new folder.
 """
+
+
+def _kept(log: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
+    """The line of the step whose weights are released: the last, or the one that the judge picked."""
+    step = next((line.get("kept") for line in reversed(log) if line["stage"] == "picked"), None)
+    return base[-1] if step is None else min(base, key=lambda line: abs(line["step"] - step))
 
 
 def _verdict(gate: dict[str, Any]) -> str:

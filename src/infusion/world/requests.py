@@ -60,14 +60,6 @@ def unseen_scenes(count: int, seed: int, subjects: int = 1) -> list[tuple[Scene,
     return found
 
 
-def described(scene: Scene) -> Request:
-    """The request that says everything of a scene of one subject."""
-    (placed,) = scene.subjects
-    s = placed.subject
-    accessory = None if s.accessory == "none" else s.accessory
-    return _worded(scene, (Wanted(s.kind, s.color1, s.color2, s.pattern, accessory, placed.position),))
-
-
 def _request(scene: Scene, rng: np.random.Generator) -> Request:
     colored = scene.style in COLORED
     placed, *others = scene.subjects
