@@ -78,7 +78,7 @@ def leak(record: Record, point: Mapping[str, Any], floor: Mapping[str, Any], nam
 def point_figures(record: Record, point: Mapping[str, Any], floor: Mapping[str, Any] | None) -> Figures:
     """All figures of one point of a job; those beside the base need `floor`, the class word's point of the same subject."""
     readings = point["readings"]
-    average = lambda key: sum(r[key] for r in readings) / len(readings)  # noqa: E731
+    average = lambda key: _mean([r[key] for r in readings])  # noqa: E731
     figures: Figures = {
         "fidelity": share(record, point, ATTRIBUTES),
         "fidelity_told": share(record, point, ATTRIBUTES, told_only=True),
@@ -87,7 +87,7 @@ def point_figures(record: Record, point: Mapping[str, Any], floor: Mapping[str, 
         "likeness": average("like_subject"),
         "text": share(record, point, TEXT),
         "text_told": share(record, point, TEXT, told_only=True),
-        "prior_likeness": sum(point["prior_likeness"]) / len(point["prior_likeness"]),
+        "prior_likeness": _mean(point["prior_likeness"]),
         "to_nearest_photo": average("to_nearest_photo"),
         "forgetting": point["forgetting"],
         "forgetting_class_word": point["forgetting_class_word"],
@@ -101,11 +101,9 @@ def point_figures(record: Record, point: Mapping[str, Any], floor: Mapping[str, 
             value, base_value = figures[name], share(record, floor, TEXT, told_only)
             if value is not None and base_value is not None:
                 figures[f"{name}_beside_base"] = value - base_value
-        nearest = sum(r["to_nearest_photo"] for r in floor["readings"]) / len(floor["readings"])
-        figures["nearer_than_base"] = nearest - figures["to_nearest_photo"]
-        figures["prior_likeness_above"] = figures["prior_likeness"] - sum(floor["prior_likeness"]) / len(
-            floor["prior_likeness"]
-        )
+        nearest = _mean([r["to_nearest_photo"] for r in floor["readings"]])
+        figures["nearer_than_base"] = nearest - average("to_nearest_photo")
+        figures["prior_likeness_above"] = _mean(point["prior_likeness"]) - _mean(floor["prior_likeness"])
     return figures
 
 
@@ -169,6 +167,10 @@ def pooled(rows: Mapping[Hashable, Sequence[Figures]], name: str) -> Estimate | 
         if (known := [v for job in jobs if (v := job.get(name)) is not None])
     ]
     return mean(torch.tensor(values, dtype=torch.float64)) if values else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _minus(a: float | None, b: float | None) -> float | None:
