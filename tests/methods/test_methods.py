@@ -19,7 +19,7 @@ from infusion.lesson import prepare_lesson
 from infusion.methods import METHODS
 from infusion.methods.custom_diffusion import CustomDiffusionConfig, custom_diffusion
 from infusion.methods.dreambooth import DreamBoothConfig, dreambooth, prior_lesson
-from infusion.methods.infusion import infusion
+from infusion.methods.infusion import InfusionConfig, infusion
 from infusion.methods.interface import stored_bytes
 from infusion.methods.key_value import KeyValueAdapter, KeyValueConfig, added, key_value
 from infusion.methods.lora import LoraConfig, dreambooth_lora
@@ -86,6 +86,21 @@ def test_the_same_seed_learns_the_same(pipe, lesson, name):
     runs = [[s.adapter for s in SMALL[name](pipe, lesson)][-1].tensors() for _ in range(2)]
     assert runs[0].keys() == runs[1].keys()
     assert all(torch.equal(v, runs[1][k]) for k, v in runs[0].items())
+
+
+def test_a_strength_is_for_drawing_alone(pipe, lesson):
+    drawn = []
+    for strength in (1.0, 0.5, 0.0):
+        *_, last = infusion(pipe, lesson, InfusionConfig(3, 2, 0.5, strength=strength))
+        with last.adapter.attached(pipe):
+            drawn.append(latents(pipe, f"a photo of {last.adapter.subject}"))
+        settings = last.adapter.concept.settings
+        assert "strength" not in settings
+    with attach(pipe, last.adapter.concept):
+        assert torch.equal(latents(pipe, "a photo of a <milo>"), drawn[0])
+        assert torch.equal(latents(pipe, "a photo of a <milo:0.5>"), drawn[1])
+    assert (drawn[2] - latents(pipe, "a photo of a dog")).abs().max() < 1e-4
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-4
 
 
 def test_residuals_on_values_alone_are_the_single_stream(pipe, lesson):

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from infusion.methods.custom_diffusion import CustomDiffusionConfig, custom_diffusion
 from infusion.methods.dreambooth import DreamBoothConfig, dreambooth
-from infusion.methods.infusion import infusion
+from infusion.methods.infusion import InfusionConfig, infusion
 from infusion.methods.key_value import KeyValueConfig, key_value
 from infusion.methods.lora import LoraConfig, dreambooth_lora
 from infusion.methods.perfusion import PerfusionConfig, perfusion
 from infusion.methods.textual_inversion import TextualInversionConfig, textual_inversion
-from infusion.training import LearnConfig
 
 METHODS = {
-    "infusion": (infusion, LearnConfig),
+    "infusion": (infusion, InfusionConfig),
     "key-value": (key_value, KeyValueConfig),
     "textual-inversion": (textual_inversion, TextualInversionConfig),
     "dreambooth": (dreambooth, DreamBoothConfig),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -20,12 +20,21 @@ from infusion.training import LearnConfig, learning
 
 
 @dataclass(frozen=True)
+class InfusionConfig(LearnConfig):
+    """strength: factor on the residuals when drawing. Guidance multiplies what they add, which no photo taught; below 1
+    the class comes back (docs/log.md)."""
+
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
 class ConceptAdapter:
     """A concept; `subject` holds its "<name>". two_streams=False draws in the single stream."""
 
     subject: str
     concept: Concept
     two_streams: bool = True
+    strength: float = 1.0
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The residuals."""
@@ -34,13 +43,15 @@ class ConceptAdapter:
     @contextmanager
     def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
         """The pipeline itself with the concept attached."""
-        with attach(pipe, self.concept, two_streams=self.two_streams):
+        with attach(pipe, self.concept, two_streams=self.two_streams, strength={self.concept.name: self.strength}):
             yield pipe
 
 
 def infusion(pipe: DiffusionPipeline, lesson: Lesson, config: LearnConfig | None = None) -> Iterator[MethodState]:
     """Learn a concept, yielding after every step. See `training.learning`."""
-    config = config or LearnConfig()
-    for state in learning(pipe, lesson, lesson.word, lesson.name, config):
-        adapter = ConceptAdapter(f"a <{lesson.name}>", state.concept, config.two_streams)
+    config = config or InfusionConfig()
+    strength = config.strength if isinstance(config, InfusionConfig) else 1.0
+    settings = LearnConfig(**{f.name: getattr(config, f.name) for f in fields(LearnConfig)})
+    for state in learning(pipe, lesson, lesson.word, lesson.name, settings):
+        adapter = ConceptAdapter(f"a <{lesson.name}>", state.concept, config.two_streams, strength)
         yield MethodState(state.step, state.steps, state.loss, adapter)
