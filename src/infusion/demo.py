@@ -38,7 +38,8 @@ from infusion.world.subjects import Subject
 MILO = Subject("dog", "purple", "yellow", "spotted", "none", (0.55, 0.7, 0.5, 0.35))
 NAME = "milo"
 PHOTOS_BACKGROUND = "meadow"
-LEARNING_RATE = 0.06  # the best on the embedded base, by benchmarks/search.toml
+# The best on the embedded base, by benchmarks/search.toml: drawn with all that was learned the class suffers.
+LEARNING_RATE, STRENGTH = 0.06, 0.7
 
 PROMPTS = (
     "a photo of {} on the beach",
@@ -128,13 +129,13 @@ def compare(
     concept = finished(f"Learning <{name}> with Infusion", learning(pipe, lesson, word, name, config)).concept
     concept.save(concept_path)
     base = drawn("Drawing with the base model", pipe, plain)
-    with attach(pipe, concept):
+    with attach(pipe, concept, strength={name: STRENGTH}):
         infusion = drawn(f"Drawing <{name}>", pipe, called)
     singles = alone = None
     if single:
         alone_config = replace(config, two_streams=False)
         alone = finished("Learning in a single stream", learning(pipe, lesson, word, name, alone_config)).concept
-        with attach(pipe, alone, two_streams=False):
+        with attach(pipe, alone, two_streams=False, strength={name: STRENGTH}):
             singles = drawn("Drawing in a single stream", pipe, called)
     tuning = dreambooth(pipe, lesson, DreamBoothConfig(config.steps, config.batch, seed=config.seed))
     tuned = finished("Fine-tuning a full copy, for comparison", tuning)
@@ -202,7 +203,7 @@ def _page(result: Compared, config: LearnConfig, seconds: float) -> Page:
                     ),
                     Row(
                         "Infusion",
-                        f"{size:,} bytes, {learned:.0f} s; base untouched",
+                        f"{size:,} bytes, {learned:.0f} s, drawn at strength {STRENGTH}; base untouched",
                         [p.image for p in result.infusion],
                         read(result.infusion),
                     ),

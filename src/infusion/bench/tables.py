@@ -101,7 +101,7 @@ def page(
         "PRES: likeness of pictures of the plain class word to the subject. Nearer to a photo: how much smaller the pixel distance to the nearest photo is than the base's. "
         "class-word and described learn nothing: the floor and what words alone can do.",
         "",
-        *_beside(records),
+        *(line for label in found if _is_ours(records, label) for line in _beside(records, label)),
         "## The subject, attribute by attribute",
         "",
         *_table(found, tuple((name, label, "%") for name, label in PARTS)),
@@ -134,19 +134,23 @@ def _table(found: dict, columns: Sequence[tuple[str, str, str]]) -> list[str]:
     return rows
 
 
-def _beside(records: Sequence[Record], label: str = "infusion") -> list[str]:
-    """Infusion minus each other method on the same subjects, prompts and seeds; nothing where it was not run."""
+def _is_ours(records: Sequence[Record], label: str) -> bool:
+    """Whether the label is Infusion in two streams."""
+    jobs = (r["job"] for r in records if r["job"]["label"] == label)
+    return any(job["method"] == "infusion" and job["settings"].get("two_streams", True) for job in jobs)
+
+
+def _beside(records: Sequence[Record], label: str) -> list[str]:
+    """The label minus each other on the same subjects, prompts and seeds."""
     found = beside(records, label)
-    if not found:
-        return []
     count = sum(name in figures for figures in found.values() for name, _, _ in BESIDE)
     lines = [
-        "## Infusion beside each other",
+        f"## {label} beside the others",
         "",
-        "Infusion's figure minus the other's on the same subjects, prompts and seeds, at the last point of both; \"where told\" and leaks rest on what can be told in each. "
+        f'The figure of {label} minus the other\'s on the same subjects, prompts and seeds, at the last point of both; "where told" and leaks rest on what can be told in each. '
         f"Of {count} comparisons one in twenty would leave out 0 by chance.",
         "",
-        f"| Infusion minus | {' | '.join(title for _, title, _ in BESIDE)} | n |",
+        f"| {label} minus | {' | '.join(title for _, title, _ in BESIDE)} | n |",
         "|---" * (len(BESIDE) + 2) + "|",
     ]
     for other, figures in found.items():
@@ -211,7 +215,7 @@ def plot(found: dict, path: Path) -> None:
 
     figure, grid = plt.subplots(2, 2, figsize=(11, 8.4), constrained_layout=True)
     axes = grid.flatten()
-    colors = plt.get_cmap("tab10")
+    colors = plt.get_cmap("tab20")
     for axis, (name, label) in zip(axes, PLOTS, strict=True):
         for i, (method, by_samples) in enumerate(found.items()):
             points = [(pooled(by_samples[s], name), pooled(by_samples[s], "fidelity")) for s in sorted(by_samples)]
