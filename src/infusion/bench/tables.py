@@ -213,7 +213,7 @@ def plot(found: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, grid = plt.subplots(2, 2, figsize=(11, 8.4), constrained_layout=True)
+    figure, grid = plt.subplots(2, 2, figsize=(12.4, 8.4), constrained_layout=True)
     axes = grid.flatten()
     colors = plt.get_cmap("tab20")
     for axis, (name, label) in zip(axes, PLOTS, strict=True):
@@ -226,7 +226,7 @@ def plot(found: dict, path: Path) -> None:
         axis.grid(alpha=0.3)
         if name == "forgetting":
             axis.set_xscale("symlog", linthresh=1e-4)
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
