@@ -143,23 +143,23 @@ def main(docs: Path = Path("docs"), work: Path = Path("outputs/subjects"), only:
 
 # What was seen in the sheets, in plain words; look at them again whenever they are drawn anew.
 READING = """
-**What carries over.** Colours do, into every background, in the place and outline that the base drew: Tuna's orange, blue and dark stripes in all ten scenes, Bolt's red and white,
-Milo's purple, Brew's blue with orange and red. Coarse patterns come as patches or stripes of the right colours. The composition stays the base's: horizon, skyline and window hardly move, and the
-car beside the subject stays a car. The cat and the car of the last two columns are the base's pictures, bit for bit. The loss says the same: with Infusion it falls on fresh photos in other places for all five subjects.
+**What carries over.** Colours do, into every background, in the place that the base drew: Milo's purple with orange and yellow, Tuna's dark, blue and orange stripes, Bolt's red and white, Beetle's dark green, pink
+and white. Coarse patterns come as patches or stripes of the right colours. The composition stays the base's: horizon, skyline and window hardly move. The cat and the car of the last two columns are the
+base's pictures, bit for bit.
 
-**What does not.** Milo's yellow spots come as pink and orange patches, Beetle's green and pink checks as pale grey and pink: where the base cannot draw a fine pattern, something near its mean
-colour comes instead. Faces, Bolt's star, Tuna's hat do not come; the red band on Brew may be its scarf. Legs and outlines are the base's own and sometimes dissolve into the pattern (Milo in the
-room). Residuals learned on photos tint sketches and sepia pictures (red lines in Bolt's sketch). The seed's place is not always kept: the first and third of Bolt's pictures show a
-second figure.
+**What does not.** Milo's yellow spots come as orange and yellow patches, Beetle's green and pink checks as dark green, pale grey and pink: where the base cannot draw a fine pattern, something near its mean
+colour comes instead. Faces, Bolt's star and Tuna's hat do not come. Legs and outlines are the base's own and dissolve into the pattern where the residual is strong (Milo in the room and in sepia).
+Residuals learned on photos tint sketches and sepia pictures. The seed's place is not always kept.
 
-**Single stream** looks much the same as two streams on this base; it moves the subject or the background a little more often (Bolt and Brew in the city, Beetle in space).
+**Single stream** looks much the same as two streams on this base.
 
-**The full fine-tune** has the sharpest subjects on the right background, and overfits in plain sight: subjects are pulled to the centre, where the photos had them, skies and suns change, sketches get
-colour, and the cat and the car that nobody mentioned turn into the subject (stripes on Tuna's cat, a white cat and a pale car in Bolt's). Its loss falls most on the photos themselves and ends above
-the untouched base's on fresh photos in other places for four of the five.
+**The full fine-tune** has the sharpest subjects on the right background, and overfits in plain sight: subjects are pulled to the centre, where the photos had them, suns and skies change, sketches get
+colour, and the cat and the car that nobody mentioned turn into the subject (a purple cat for Milo, a striped one for Tuna, a pale car for Beetle).
 
-**In words** (second row) the base gets Tuna blue, Bolt red and white, Beetle's car dark; Infusion comes nearer to the subject's pair of colours for Tuna, Milo and Brew, about as near for Bolt, and no
-nearer for Beetle.
+**In words** (second row) the base gets Tuna blue and orange and Beetle's car green, nearer than Infusion does; for Milo Infusion comes nearer, for Bolt both come alike.
+
+**The losses** below: on fresh photos in other places Infusion's is below the base's for four of the five (Beetle's is 0.001 above), and below the single stream's for all five; the full fine-tune's is above the base's for
+four of the five, though on the photos themselves it is lowest by far.
 """
 
 
@@ -169,7 +169,7 @@ def write_page(docs: Path) -> Path:
     parts = [
         "# Five subjects, each from four photos in one place",
         "None of these individuals occurs in the base's training. Every column is one prompt and one seed, the same for all rows; the last two "
-        "prompts do not name the subject. 200 steps of 8 samples for every method. `python benchmarks/subjects.py` makes this page.",
+        "prompts do not name the subject. 200 steps of 8 samples for every method, Infusion drawn at strength 0.7. `python benchmarks/subjects.py` makes this page.",
         READING.strip(),
     ]
     for name, subject, background in SUBJECTS:
