@@ -14,7 +14,7 @@ from pathlib import Path
 
 from infusion.base import load_base
 from infusion.bench.figures import leak
-from infusion.bench.grid import Job
+from infusion.bench.grid import jobs, load_grid
 from infusion.bench.subjects import case, requests
 from infusion.bench.trial import Words, measure
 from infusion.judged import photo_embedding, stacked
@@ -29,18 +29,15 @@ RATES = {"infusion": 0.06, "dreambooth": 3e-4, "dreambooth-lora": 3e-3}
 def watched(name: str, number: int, steps: int, every: int) -> dict:
     """One method's looks, each with the true leaks of the state that it looked at."""
     pipe, judge = load_base(device="cpu"), load_judge()
-    chosen = case("test", 0, number, None, "photo", "center")
+    grid = {"subjects": number + 1, "points": [steps], "methods": {name: {"learning_rate": RATES[name]}}}
+    job = jobs(load_grid(None, grid))[number]
+    chosen = case(job.split, job.subjects_seed, number, **job.modality)
     lesson = prepare_lesson(pipe, chosen.photos(), chosen.subject.kind, "subject")
-    asked, truth = requests(chosen, "test"), photo_embedding(judge.read(stacked(lesson.pictures)))
-    job = Job(name, name, {}, 0, "test", 0, number, {}, 0, (steps,), 8, 1, 20)
-    record = {
-        "job": {"pictures": 1},
-        "requests": [asdict(r) for r in asked],
-        "trained": {"background": chosen.background, "style": chosen.style, "position": chosen.position},
-    }
+    asked, truth = requests(chosen, job.split), photo_embedding(judge.read(stacked(lesson.pictures)))
+    record = {"job": asdict(job), "requests": [asdict(r) for r in asked], "trained": chosen.trained}
     floor = measure(pipe, judge, Words(f"a {lesson.word}"), job, lesson, asked, truth, 0)
     learn, config = METHODS[name]
-    states = learn(pipe, lesson, config(steps=steps, batch=8, learning_rate=RATES[name]))
+    states = learn(pipe, lesson, config(**job.settings, steps=steps, batch=job.batch, seed=job.seed))
     looks = []
     for now in steered(pipe, states, lesson, SteerConfig(every=every, stop=False)):
         if now.checkup:

@@ -65,7 +65,7 @@ def test_jobs_meet_the_floor_of_their_own_subject():
     other = record("class-word", [{"background": "beach"}, {}], subject=1, samples=0, step=0)
     same = record("dreambooth", [{"background": "beach"}, {"background": "beach"}], subject=1)
     found = curves([FLOOR, other, LEAKY, same])
-    leaks = [job["leak_background"] for jobs in found["dreambooth"][80].values() for job in jobs]
+    leaks = [job["leak_background"] for jobs in found["dreambooth"][80].values() for job in jobs.values()]
     assert leaks == [1, 0.5]
     estimate = pooled(found["dreambooth"][80], "leak_background")
     assert (estimate.value, estimate.n) == (0.75, 2)
@@ -101,11 +101,11 @@ def test_methods_are_compared_on_what_they_share():
     other = record("dreambooth", [{"background": "beach"}, {}], subject=1)
     alone = record("dreambooth", [{}, {}], subject=2)
     ours = [record("infusion", [{}, {}]), record("infusion", [{}, {"background": "beach"}], subject=1)]
-    found = beside([FLOOR, floor, LEAKY, other, alone, *ours], "infusion")
+    found = beside(curves([FLOOR, floor, LEAKY, other, alone, *ours]), "infusion")
     assert found.keys() == {"class-word", "dreambooth"}
     difference = found["dreambooth"]["leak_background"]
     assert (difference.value, difference.n) == (pytest.approx(-0.5), 2)  # 0 - 1 and 0.5 - 0.5
-    assert beside([FLOOR, LEAKY], "infusion") == {}
+    assert beside(curves([FLOOR, LEAKY]), "infusion") == {}
 
 
 def test_the_page(tmp_path):

@@ -17,7 +17,7 @@ from infusion.world.truth import ATTRIBUTES, SCENE_HEADS
 
 Record = Mapping[str, Any]
 Figures = dict[str, float | None]
-BySubject = dict[Hashable, list[Figures]]
+BySubject = dict[Hashable, dict[Hashable, Figures]]  # subject -> job -> figures
 TEXT = ("background", "style", "position")
 
 
@@ -123,7 +123,8 @@ def subject(record: Record) -> Hashable:
 
 
 def curves(records: Iterable[Record]) -> dict[str, dict[int, BySubject]]:
-    """label -> samples seen -> subject -> the figures of each of its jobs at that point, with seconds and bytes."""
+    """label -> samples seen -> subject -> job -> its figures at that point, with seconds and bytes. Jobs of one name share photos,
+    prompts and seeds."""
     records = list(records)
     floors = {key(r): r["points"][0] for r in records if r["job"]["method"] == "class-word"}
     found: dict[str, dict[int, BySubject]] = {}
@@ -132,39 +133,38 @@ def curves(records: Iterable[Record]) -> dict[str, dict[int, BySubject]]:
         for point in record["points"]:
             figures = point_figures(record, point, floors.get(key(record)))
             figures |= {"seconds": point["seconds"], "bytes": point["bytes"]}
-            by_samples.setdefault(point["samples"], {}).setdefault(subject(record), []).append(figures)
+            jobs = by_samples.setdefault(point["samples"], {}).setdefault(subject(record), {})
+            jobs[key(record), record["job"]["seed"]] = figures
     return found
 
 
-def beside(records: Iterable[Record], label: str) -> dict[str, dict[str, Estimate]]:
-    """Other labels -> figure -> the mean difference of `label` minus the other at either's last point, over the subjects
-    of both; jobs are paired that share photos, prompts and seeds."""
-    records = list(records)
-    floors = {key(r): r["points"][0] for r in records if r["job"]["method"] == "class-word"}
-    last: dict[str, dict[Hashable, tuple[Hashable, Figures]]] = {}
-    for r in records:
-        figures = point_figures(r, r["points"][-1], floors.get(key(r)))
-        last.setdefault(r["job"]["label"], {})[(key(r), r["job"]["seed"])] = (subject(r), figures)
+def beside(found: Mapping[str, Mapping[int, BySubject]], label: str) -> dict[str, dict[str, Estimate]]:
+    """From `curves`: other labels -> figure -> the mean difference of `label` minus the other at the last point of either, over the
+    subjects of both; jobs are paired that share photos, prompts and seeds."""
+    last = {name: by_samples[max(by_samples)] for name, by_samples in found.items()}
     ours = last.get(label, {})
-    found: dict[str, dict[str, Estimate]] = {}
+    result: dict[str, dict[str, Estimate]] = {}
     for other, theirs in last.items():
-        differences: BySubject = {}
-        for k in ours.keys() & theirs.keys() if other != label else ():
-            (whose, a), (_, b) = ours[k], theirs[k]
-            differences.setdefault(whose, []).append({n: _minus(a[n], b.get(n)) for n in a})
-        names = {name for jobs in differences.values() for job in jobs for name in job}
-        figures = {name: e for name in sorted(names) if (e := pooled(differences, name))}
-        if figures:
-            found[other] = figures
-    return found
+        differences: BySubject = {
+            whose: {
+                job: {n: _minus(jobs[job][n], theirs[whose][job].get(n)) for n in jobs[job]}
+                for job in jobs.keys() & theirs[whose].keys()
+            }
+            for whose, jobs in ours.items()
+            if other != label and whose in theirs
+        }
+        names = {name for jobs in differences.values() for figures in jobs.values() for name in figures}
+        if estimates := {name: e for name in sorted(names) if (e := pooled(differences, name))}:
+            result[other] = estimates
+    return result
 
 
-def pooled(rows: Mapping[Hashable, Sequence[Figures]], name: str) -> Estimate | None:
+def pooled(rows: BySubject, name: str) -> Estimate | None:
     """Mean of a figure over subjects, each the mean of its jobs; None where no job has it."""
     values = [
         sum(known) / len(known)
         for jobs in rows.values()
-        if (known := [v for job in jobs if (v := job.get(name)) is not None])
+        if (known := [v for job in jobs.values() if (v := job.get(name)) is not None])
     ]
     return mean(torch.tensor(values, dtype=torch.float64)) if values else None
 

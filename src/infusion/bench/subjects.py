@@ -36,6 +36,11 @@ class Case:
     position: str
     seed: int
 
+    @property
+    def trained(self) -> dict[str, str]:
+        """What its photos have in common, by name."""
+        return {"background": self.background, "style": self.style, "position": self.position}
+
     def photos(self) -> list[Photo]:
         """Its PHOTOS photos."""
         scenes = few_modalities(self.subject, PHOTOS, self.seed, self.background, self.style, self.position)

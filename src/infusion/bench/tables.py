@@ -60,12 +60,11 @@ def write_benchmark(
     """`name`.md in `docs`, with its plot and contact sheets or, without `pictures`, tables alone; `reading` is what its author
     makes of it, in Markdown. Returns the page's path."""
     docs.mkdir(parents=True, exist_ok=True)
-    found = curves(records)
     _refuse_mixtures(records)
-    shown: list[tuple[str, str]] = []
+    found, shown = curves(records), None
     if pictures:
         plot(found, docs / f"{name}.png")
-        shown = [("", f"{name}.png"), *sheets(records, docs, name)]
+        shown = sheets(records, docs, name)
     path = docs / f"{name}.md"
     path.write_text(page(records, found, shown, name, reading))
     return path
@@ -74,11 +73,11 @@ def write_benchmark(
 def page(
     records: Sequence[Record],
     found: dict,
-    pictures: Sequence[tuple[str, str]],
+    pictures: Sequence[tuple[str, str]] | None,
     name: str = "benchmark",
     reading: str = "",
 ) -> str:
-    """The page in Markdown. pictures: (what it shows, file name), the plot first."""
+    """The page in Markdown. pictures: contact sheets, (what it shows, file name), beside the plot `name`.png; None for tables alone."""
     job = records[0]["job"]
     subjects = {(r["job"]["subjects_seed"], r["job"]["subject"]) for r in records}
     hours = sum(r["seconds"] for r in records) / 3600
@@ -101,7 +100,7 @@ def page(
         "PRES: likeness of pictures of the plain class word to the subject. Nearer to a photo: how much smaller the pixel distance to the nearest photo is than the base's. "
         "class-word and described learn nothing: the floor and what words alone can do.",
         "",
-        *(line for label in found if _is_ours(records, label) for line in _beside(records, label)),
+        *(line for label in found if _is_ours(records, label) for line in _beside(found, label)),
         "## The subject, attribute by attribute",
         "",
         *_table(found, tuple((name, label, "%") for name, label in PARTS)),
@@ -113,14 +112,14 @@ def page(
         "## As learning goes on",
         "",
         *(
-            [f"![trade-offs]({pictures[0][1]})", "", "One curve a method, one dot a number of samples seen.", ""]
-            if pictures
+            [f"![trade-offs]({name}.png)", "", "One curve a method, one dot a number of samples seen.", ""]
+            if pictures is not None
             else []
         ),
         *_samples(found),
         "",
     ]
-    for label, file in pictures[1:]:
+    for label, file in pictures or ():
         lines += [f"## Pictures: {label}", "", f"![{label}]({file})", ""]
     return "\n".join(lines)
 
@@ -140,10 +139,10 @@ def _is_ours(records: Sequence[Record], label: str) -> bool:
     return any(job["method"] == "infusion" and job["settings"].get("two_streams", True) for job in jobs)
 
 
-def _beside(records: Sequence[Record], label: str) -> list[str]:
+def _beside(found: dict, label: str) -> list[str]:
     """The label minus each other on the same subjects, prompts and seeds."""
-    found = beside(records, label)
-    count = sum(name in figures for figures in found.values() for name, _, _ in BESIDE)
+    others = beside(found, label)
+    count = sum(name in figures for figures in others.values() for name, _, _ in BESIDE)
     lines = [
         f"## {label} beside the others",
         "",
@@ -153,7 +152,7 @@ def _beside(records: Sequence[Record], label: str) -> list[str]:
         f"| {label} minus | {' | '.join(title for _, title, _ in BESIDE)} | n |",
         "|---" * (len(BESIDE) + 2) + "|",
     ]
-    for other, figures in found.items():
+    for other, figures in others.items():
         cells = [_cell(figures.get(name), unit) for name, _, unit in BESIDE]
         lines.append(f"| {other} | {' | '.join(cells)} | {figures['fidelity'].n} |")
     return [*lines, ""]

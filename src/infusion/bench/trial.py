@@ -93,7 +93,7 @@ def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
     return {
         "job": asdict(job),
         "subject": asdict(chosen.subject),
-        "trained": {"background": chosen.background, "style": chosen.style, "position": chosen.position},
+        "trained": chosen.trained,
         "requests": [asdict(r) for r in asked],
         "points": points,
         "seconds": round(time.monotonic() - start, 1),

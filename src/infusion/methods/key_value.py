@@ -91,7 +91,8 @@ def key_value(pipe: DiffusionPipeline, lesson: Lesson, config: KeyValueConfig | 
         for path, layer in projections(unet).items()
         if path[-1] in config.on
     }
-    optimizer = torch.optim.AdamW(residuals.values(), config.learning_rate)
+    learned = list(residuals.values())
+    optimizer = torch.optim.AdamW(learned, config.learning_rate)
     generator = torch.Generator().manual_seed(config.seed)
     adapter = KeyValueAdapter(f"a <{lesson.name}>", Concept(lesson.name, lesson.word, {}), residuals)
     streams = Streams(unet)
@@ -101,9 +102,7 @@ def key_value(pipe: DiffusionPipeline, lesson: Lesson, config: KeyValueConfig | 
             draw = lesson.draw(config.batch, generator)
             with added(streams, residuals):
                 loss = masked_loss(predict(streams, draw), draw)
-            for residual, gradient in zip(
-                residuals.values(), torch.autograd.grad(loss, [*residuals.values()]), strict=True
-            ):
+            for residual, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
                 residual.grad = gradient
             optimizer.step()
             yield MethodState(step, config.steps, float(loss.detach()), adapter)
