@@ -45,7 +45,8 @@ def watched(name: str, number: int, steps: int, every: int) -> dict:
             found = {n: leak(record, point, floor, n) for n in ("background", "position")}
             leaks = {n: {"here": f.custom.value, "base": f.base.value, "n": f.base.n} for n, f in found.items() if f}
             like = sum(r["like_subject"] for r in point["readings"]) / len(point["readings"])
-            looks.append({"step": now.state.step, "above": now.checkup.above, "likeness": like, "leaks": leaks})
+            above = {n: r.above for n, r in now.checkup.repeats.items()}
+            looks.append({"step": now.state.step, "above": above, "likeness": like, "leaks": leaks})
             print(name, looks[-1], flush=True)
     return {"method": name, "learning_rate": RATES[name], "subject": number, "looks": looks}
 

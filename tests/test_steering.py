@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -17,11 +18,16 @@ from infusion.methods.infusion import infusion
 from infusion.methods.interface import MethodState
 from infusion.photos import Photo
 from infusion.report.curve import line_chart
-from infusion.steering import SteerConfig, read_checkups, steered, write_checkups
+from infusion.steering import SteerConfig, _repeats, _Watch, read_checkups, steered, write_checkups
 from infusion.training import LearnConfig
 from tests.conftest import latents
 
-QUICK = {"prompts": ("a photo of {} on the beach", "{} in the snow"), "seeds": 2, "steps": 2}
+QUICK = {
+    "prompts": ("a photo of {} on the beach", "{} in the snow"),
+    "positioned": ("{} on the left",),
+    "seeds": 2,
+    "steps": 2,
+}
 
 
 @pytest.fixture
@@ -52,7 +58,25 @@ def test_checkups_come_when_asked_and_change_nothing(pipe, lesson):
     assert torch.equal(latents(pipe, "a dog"), before)
 
 
-def test_a_method_that_repeats_is_stopped_and_the_state_before_is_kept(pipe, lesson, monkeypatch):
+@pytest.fixture
+def looks(monkeypatch):
+    """Sets what each look finds: by how much all pictures are more like the photos than they are. The first look is the base's own."""
+    stock = _Watch._likeness
+
+    def given(**shifts):
+        done = []
+
+        def likeness(self, *drawn):
+            done.append(1)
+            found = stock(self, *drawn)
+            return {name: found[name] + ([0, *shifts[name]][len(done) - 1] if name in shifts else 0) for name in found}
+
+        monkeypatch.setattr(_Watch, "_likeness", likeness)
+
+    return given
+
+
+def test_a_method_that_repeats_is_stopped_and_the_state_before_is_kept(pipe, lesson, looks):
     """The second and third checkups are made to look like the photos; the adapter kept must be the first one's, not the live one."""
     unet = copy.deepcopy(pipe.unet)
 
@@ -63,76 +87,81 @@ def test_a_method_that_repeats_is_stopped_and_the_state_before_is_kept(pipe, les
                     p.add_(0.01)
             yield MethodState(step, 8, 0.1, TunedUNet("a dog", unet))
 
-    from infusion import steering
-
-    stock = steering._Watch._likeness
-    looks = []
-
-    def likeness(self, shown):
-        looks.append(1)
-        return stock(self, shown) + (
-            10 if len(looks) in (3, 4) else -10 if len(looks) == 2 else 0
-        )  # 1 is the base itself
-
-    monkeypatch.setattr(steering._Watch, "_likeness", likeness)
+    looks(background=[-10, 10, 10], position=[-10, -10, -10])
     seen = run(pipe, states(), lesson, every=2)
     assert [s.state.step for s in seen] == [1, 2, 3, 4, 5, 6]
     last = seen[-1]
     assert last.stopped.startswith(
-        "Stopped at step 6: 100% of the pictures repeat the place of the photos, 75 points above"
+        "Stopped at step 6: 100% of the pictures repeat the photos' background, 75 points above"
     )
     assert "step 2 is kept" in last.stopped
     kept, live = (next(a.adapter.unet.parameters()) for a in (last.best, last.state))
     assert float((live - kept).detach().mean()) == pytest.approx(0.04, abs=1e-4)
 
 
-def test_one_look_beyond_the_limit_does_not_stop(pipe, lesson, monkeypatch):
-    from infusion import steering
-
-    stock = steering._Watch._likeness
-    looks = []
-
-    def likeness(self, shown):
-        looks.append(1)
-        return stock(self, shown) + (-10 if len(looks) in (2, 4) else 10 if len(looks) > 1 else 0)
-
-    monkeypatch.setattr(steering._Watch, "_likeness", likeness)
+def test_one_look_beyond_the_limit_does_not_stop(pipe, lesson, looks):
+    looks(background=[-10, 10, -10, 10], position=[-10] * 4)
     seen = run(pipe, dreambooth(pipe, lesson, DreamBoothConfig(4, 1)), lesson, every=1)
-    assert [s.checkup.above > 0.1 for s in seen] == [False, True, False, True]
+    assert [s.checkup.repeats["background"].above > 0.1 for s in seen] == [False, True, False, True]
     assert not any(s.stopped for s in seen)
     assert [s.best.step for s in seen] == [1, 1, 3, 3]
 
 
-def test_nothing_within_the_limit(pipe, lesson, monkeypatch):
-    from infusion import steering
+def test_two_looks_must_find_the_same_repeated(pipe, lesson, looks):
+    looks(background=[10, -10, -10], position=[-10, 10, 10])
+    seen = run(pipe, dreambooth(pipe, lesson, DreamBoothConfig(4, 1)), lesson, every=1)
+    assert [bool(s.stopped) for s in seen] == [False, False, True]
+    assert "of the pictures repeat the photos' position" in seen[-1].stopped
+    assert seen[-1].best is None
 
-    stock = steering._Watch._likeness
-    looks = []
 
-    def likeness(self, shown):
-        looks.append(1)
-        return stock(self, shown) + 10 * (len(looks) > 1)
-
-    monkeypatch.setattr(steering._Watch, "_likeness", likeness)
+def test_nothing_within_the_limit(pipe, lesson, looks):
+    looks(background=[10] * 4)
     seen = run(pipe, dreambooth(pipe, lesson, DreamBoothConfig(4, 1)), lesson, every=1)
     assert len(seen) == 2
     assert seen[1].best is None
     assert "no step before it was within the limit" in seen[1].stopped
-    looks.clear()
+    looks(background=[10] * 4)
     assert len(run(pipe, dreambooth(pipe, lesson, DreamBoothConfig(4, 1)), lesson, every=1, stop=False)) == 4
+
+
+def test_a_picture_that_stands_where_a_photo_does_repeats_its_position(pipe, lesson, monkeypatch):
+    """Heat is put where each latent's largest value lies; the base draws at the left, the adapter where the second photo stands."""
+
+    def peaks(part, unet):
+        flat = part.latents.abs().sum(1).flatten(1)
+        return torch.nn.functional.one_hot(flat.argmax(1), flat.shape[1]).float().unflatten(1, part.masks.shape[1:])
+
+    monkeypatch.setattr("infusion.steering.attention_masks", peaks)
+    at = lambda *columns: torch.stack([_spot(lesson.latents[0], column) for column in columns])  # noqa: E731
+    lesson = dataclasses.replace(lesson, latents=at(3, 6))
+    watch = _Watch(pipe, lesson, SteerConfig(**QUICK), lambda *_: None)
+    anywhere = torch.randn(4, *lesson.latents.shape[1:], generator=torch.Generator().manual_seed(0))
+    base = watch._likeness(anywhere, at(0, 0, 1, 1))["position"]
+    same = watch._likeness(anywhere, at(6, 6, 1, 0))["position"]
+    assert base.tolist() == pytest.approx([-3 / 8, -3 / 8, -2 / 8, -2 / 8])
+    assert same.tolist() == pytest.approx([0, 0, -2 / 8, -3 / 8])
+    found = _repeats(same, base)
+    assert (found.rate.value, found.above) == (0.5, 0.5)
+
+
+def _spot(like, column):
+    latent = torch.zeros_like(like)
+    latent[:, 2, column] = 5
+    return latent
 
 
 def test_checkups_beside_the_file(tmp_path):
     path = tmp_path / "milo.safetensors"
     assert read_checkups(path) == []
-    told = [{"step": 5, "loss": 0.1, "above": 0.0, "forgetting": 0.0, "variety": 1.0}]
+    told = [{"step": 5, "loss": 0.1, "repeats": {}, "forgetting": 0.0, "variety": 1.0}]
     assert json.loads(write_checkups(path, told).read_text()) == told == read_checkups(path)
     path.with_suffix(".checkups.json").write_text('[{"step": 5}]')
     with pytest.raises(InfusionError, match="damaged"):
         read_checkups(path)
 
 
-@pytest.mark.parametrize("bad", [{"every": 0}, {"seeds": 1}, {"limit": 1.5}, {"steps": 0}])
+@pytest.mark.parametrize("bad", [{"every": 0}, {"seeds": 1}, {"limit": 1.5}, {"steps": 0}, {"positioned": ()}])
 def test_bad_settings(bad):
     with pytest.raises(InfusionError, match=next(iter(bad))):
         SteerConfig(**bad)

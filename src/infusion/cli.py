@@ -73,7 +73,10 @@ def train(
     ] = None,
     stop_when_overfit: Annotated[
         bool,
-        typer.Option("--stop-when-overfit", help="Stop when the photos' place comes back, and keep the best so far."),
+        typer.Option(
+            "--stop-when-overfit",
+            help="Stop when the photos' background or position comes back, and keep the best so far.",
+        ),
     ] = False,
     device: Device = None,
     dtype: DType = "fp32",
@@ -139,8 +142,9 @@ def train(
 
 
 def _seen(checkup: Checkup) -> str:
+    repeats = ", ".join(f"{name} {100 * found.above:+.0f}" for name, found in checkup.repeats.items())
     return (
-        f"Step {checkup.step}: repeats the photos' place {100 * checkup.above:+.0f} points beside the base, "
+        f"Step {checkup.step}: repeats of the photos' {repeats} points beside the base, "
         f"forgetting {checkup.forgetting:.2g}, variety {checkup.variety:.0%} of the base's."
     )
 

@@ -302,8 +302,15 @@ def _curves(checkups: Sequence[Mapping[str, Any]]) -> list[str]:
     steps = [c["step"] for c in checkups]
     return [
         line_chart("Loss of the step's batch", steps, [c["loss"] for c in checkups]),
-        line_chart(
-            "Repeats of the photos' place above the base's", steps, [100 * c["above"] for c in checkups], " pt", 10
+        *(
+            line_chart(
+                f"Repeats of the photos' {name} above the base's",
+                steps,
+                [100 * c["repeats"][name]["above"] for c in checkups],
+                " pt",
+                10,
+            )
+            for name in checkups[0]["repeats"]
         ),
         line_chart("Forgetting: divergence on other prompts", steps, [c["forgetting"] for c in checkups]),
         line_chart("Variety beside the base's", steps, [100 * c["variety"] for c in checkups], " %"),

@@ -5,8 +5,9 @@ photos, keep the best.
         print(now.state.step, now.checkup)
     now.best.adapter, now.stopped
 
-Works for every method of `infusion.methods`, on any base: a picture counts as a repeat of the photos' place when, outside the
-subject, it is more like a photo than nine in ten of the base's own pictures of the same prompts and seeds are.
+Works for every method of `infusion.methods`, on any base. A picture repeats the photos' background when, outside the subject, it is
+more like a photo than nine in ten of the base's own pictures of the same prompts and seeds are; it repeats their position when its subject,
+as the base's attention finds it, stands nearer to where a photo's does than in nine in ten of the base's, though left or right was asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +26,34 @@ from torch import Tensor
 from infusion.errors import InfusionError
 from infusion.evaluation import OTHERS, PROMPTS, forgetting
 from infusion.generation import generate
-from infusion.lesson import Lesson, encode_pictures
+from infusion.lesson import Lesson, attention_masks, encode_pictures
 from infusion.methods.interface import Adapter, MethodState, rebuilt
 from infusion.metrics.estimate import Estimate, rate
-from infusion.metrics.similarity import cosines, spread
+from infusion.metrics.similarity import centroids, cosines, spread
+from infusion.streams import require_unet
 
 QUANTILE = 0.9  # of the base's own likeness to the photos; above it lies a repeat
+POSITIONED = (
+    "a photo of {} on the left",
+    "a photo of {} on the right",
+    "{} on the left in the snow",
+    "{} on the right in the city",
+    "a sketch of {} on the left",
+    "a sketch of {} on the right",
+)
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class SteerConfig:
     """every: steps between checkups; the last step is always looked at. limit: by how much the rate of repeats may exceed the
-    base's own. prompts ask for places that the photos do not show, `seeds` pictures of each."""
+    base's own. prompts ask for backgrounds, `positioned` for positions that the photos do not show, `seeds` pictures of each."""
 
     every: int = 50
     stop: bool = True
     limit: float = 0.10
     prompts: tuple[str, ...] = PROMPTS
+    positioned: tuple[str, ...] = POSITIONED
     seeds: int = 2
     steps: int = 20
     guidance_scale: float = 6.0
@@ -52,20 +63,28 @@ class SteerConfig:
         for field, least in (("every", 1), ("seeds", 2), ("steps", 1)):
             if getattr(self, field) < least:
                 raise InfusionError(f"{field} is {getattr(self, field)}; it must be at least {least}.")
+        if not self.prompts or not self.positioned:
+            raise InfusionError("prompts and positioned must hold at least one prompt each.")
         if not 0 <= self.limit < 1:
             raise InfusionError(f"limit is {self.limit}; it must lie between 0 and 1, usually 0.1.")
 
 
 @dataclass(frozen=True)
+class Repeats:
+    """rate: share of pictures that repeat the photos' background or position; `above` the base's own rate."""
+
+    rate: Estimate
+    above: float
+
+
+@dataclass(frozen=True)
 class Checkup:
-    """One look. repeats: rate of pictures that repeat the photos' place; `above` the base's own rate. forgetting: latent Fisher
-    divergence, eps form, on prompts that name neither the subject nor its class. variety: mean distance among pictures of
-    one prompt, as a share of the base's."""
+    """One look. repeats: of "background" and "position". forgetting: latent Fisher divergence, eps form, on prompts that name
+    neither the subject nor its class. variety: mean distance among pictures of one prompt, as a share of the base's."""
 
     step: int
     loss: float
-    repeats: Estimate
-    above: float
+    repeats: dict[str, Repeats]
     forgetting: float
     variety: float
 
@@ -92,22 +111,22 @@ def steered(
     config: SteerConfig | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Steered]:
-    """The method's states with checkups among them; ends at the second checkup in a row beyond the limit, if `config.stop`: one of
-    some twenty pictures each is beyond it by chance too often."""
+    """The method's states with checkups among them; ends at the second checkup in a row that finds the same repeated beyond the limit, if
+    `config.stop`: one of some twenty pictures each is beyond it by chance too often."""
     config, told = config or SteerConfig(), progress or (lambda *_: None)
     watch = _Watch(pipe, lesson, config, told)
     best: MethodState | None = None
-    beyond = 0
+    before: set[str] = set()
     for state in states:
         checkup = stopped = None
         if state.step % config.every == 0 or state.step == state.steps:
             checkup = watch.look(state)
-            if checkup.above <= config.limit:
-                beyond = 0
+            beyond = {name for name, found in checkup.repeats.items() if found.above > config.limit}
+            if not beyond:
                 best = MethodState(state.step, state.steps, state.loss, copy.deepcopy(state.adapter))
-            else:
-                beyond += 1
-                stopped = _reason(checkup, best, config) if config.stop and beyond > 1 else None
+            elif config.stop and (again := beyond & before):
+                stopped = _reason(checkup, max(again, key=lambda n: checkup.repeats[n].above), best, config)
+            before = beyond
         yield Steered(state, checkup, best, stopped)
         if stopped:
             if close := getattr(states, "close", None):
@@ -115,28 +134,28 @@ def steered(
             return
 
 
-def _reason(checkup: Checkup, best: MethodState | None, config: SteerConfig) -> str:
+def _reason(checkup: Checkup, name: str, best: MethodState | None, config: SteerConfig) -> str:
     kept = f"step {best.step} is kept" if best else "no step before it was within the limit"
+    found = checkup.repeats[name]
     return (
-        f"Stopped at step {checkup.step}: {checkup.repeats.value:.0%} of the pictures repeat the place of the photos, "
-        f"{100 * checkup.above:.0f} points above the base's own rate (limit {100 * config.limit:.0f}); {kept}."
+        f"Stopped at step {checkup.step}: {found.rate.value:.0%} of the pictures repeat the photos' {name}, "
+        f"{100 * found.above:.0f} points above the base's own rate (limit {100 * config.limit:.0f}); {kept}."
     )
 
 
 class _Watch:
-    """The base's own pictures and likeness, drawn once, and how an adapter does beside them."""
+    """The base's own pictures and how like the photos they are, drawn once, and how an adapter does beside them."""
 
     def __init__(self, pipe: DiffusionPipeline, lesson: Lesson, config: SteerConfig, told: Progress) -> None:
         self.pipe = rebuilt(pipe, scheduler=DPMSolverMultistepScheduler.from_config(pipe.scheduler.config))
         self.config, self.lesson, self.told = config, lesson, told
         outside = lesson.outside()  # where the subject is everywhere, the whole picture must do
         self.outside = torch.ones(lesson.masks.shape[1:], dtype=torch.bool) if outside is None else outside
+        self.places = self._places(lesson.latents)
         base = self._drawn(self.pipe, f"a {lesson.word}", "Drawing with the base")
-        self.centre = base.mean(0, keepdim=True)
-        likeness = self._likeness(base)
-        self.level = float(likeness.quantile(QUANTILE))
-        self.own = float((likeness > self.level).double().mean())
-        self.spread = float(self._spread(base))
+        self.centre = base[0].mean(0, keepdim=True).cpu().double()
+        self.base = self._likeness(*base)
+        self.spread = float(self._spread(base[0]))
         others = [o for o in OTHERS if lesson.word not in o.split()]
         pictures = generate(self.pipe, others * 2, [config.seed + i for i in range(2 * len(others))], config.steps)
         latents = encode_pictures(pipe, [p.image for p in pictures])
@@ -146,31 +165,48 @@ class _Watch:
         adapter: Adapter = state.adapter
         with adapter.attached(self.pipe) as custom:
             drawn = self._drawn(custom, adapter.subject, f"Looking at step {state.step}")
-        repeats = rate(self._likeness(drawn) > self.level)
+        likeness = self._likeness(*drawn)
+        repeats = {name: _repeats(likeness[name], base) for name, base in self.base.items()}
         divergence = forgetting(self.pipe, adapter, [self.others], self.config.seed)[0].eps.value
-        return Checkup(
-            state.step,
-            state.loss,
-            repeats,
-            repeats.value - self.own,
-            divergence,
-            float(self._spread(drawn)) / self.spread,
-        )
+        variety = float(self._spread(drawn[0])) / self.spread
+        return Checkup(state.step, state.loss, repeats, divergence, variety)
 
-    def _drawn(self, pipe: DiffusionPipeline, subject: str, label: str) -> Tensor:
+    def _drawn(self, pipe: DiffusionPipeline, subject: str, label: str) -> tuple[Tensor, Tensor]:
+        """Latents of the pictures of the prompts and of the positioned prompts, `seeds` of each."""
         c = self.config
-        texts = [p.format(subject) for p in c.prompts for _ in range(c.seeds)]
-        seeds = [c.seed + 1000 * i + j for i in range(len(c.prompts)) for j in range(c.seeds)]
+        prompts = [*c.prompts, *c.positioned]
+        texts = [p.format(subject) for p in prompts for _ in range(c.seeds)]
+        seeds = [c.seed + 1000 * i + j for i in range(len(prompts)) for j in range(c.seeds)]
         pictures = generate(pipe, texts, seeds, c.steps, c.guidance_scale, on_step=lambda a, b: self.told(label, a, b))
-        return encode_pictures(self.pipe, [p.image for p in pictures]).cpu().double()
+        latents = encode_pictures(self.pipe, [p.image for p in pictures])
+        n = len(c.prompts) * c.seeds
+        return latents[:n], latents[n:]
 
-    def _likeness(self, latents: Tensor) -> Tensor:
+    def _likeness(self, anywhere: Tensor, positioned: Tensor) -> dict[str, Tensor]:
+        """How like the nearest photo each picture is, in what it must not repeat."""
         photos = self.lesson.latents.cpu().double() - self.centre
-        shown = latents - self.centre
-        return cosines(shown[:, :, self.outside].flatten(1), photos[:, :, self.outside].flatten(1)).amax(1)
+        shown = anywhere.cpu().double() - self.centre
+        return {
+            "background": cosines(shown[:, :, self.outside].flatten(1), photos[:, :, self.outside].flatten(1)).amax(1),
+            "position": -torch.cdist(self._places(positioned), self.places).amin(1),
+        }
+
+    def _places(self, latents: Tensor, batch: int = 8) -> Tensor:
+        """Where the subject stands in each picture, by the untouched base's attention: (n, 2), shares of height and width."""
+        unet = require_unet(self.pipe)
+        parts = [
+            replace(self.lesson, latents=part, masks=torch.zeros_like(part[:, 0])) for part in latents.split(batch)
+        ]
+        return torch.cat([centroids(attention_masks(part, unet)) for part in parts]).cpu().double()
 
     def _spread(self, latents: Tensor) -> Tensor:
-        return spread(latents.flatten(1).unflatten(0, (-1, self.config.seeds))).mean()
+        return spread(latents.cpu().double().flatten(1).unflatten(0, (-1, self.config.seeds))).mean()
+
+
+def _repeats(likeness: Tensor, base: Tensor) -> Repeats:
+    level = base.quantile(QUANTILE)
+    found = rate(likeness > level)
+    return Repeats(found, found.value - float((base > level).double().mean()))
 
 
 def write_checkups(adapter: Path, checkups: Sequence[Mapping[str, Any]]) -> Path:
@@ -187,7 +223,7 @@ def read_checkups(adapter: Path) -> list[dict[str, Any]]:
         return []
     try:
         checkups = json.loads(path.read_text())
-        if not all(c.keys() >= {"step", "loss", "above", "forgetting", "variety"} for c in checkups):
+        if not all(c.keys() >= {"step", "loss", "repeats", "forgetting", "variety"} for c in checkups):
             raise ValueError
     except (ValueError, TypeError, AttributeError):
         raise InfusionError(f"{str(path)!r} is damaged; move it away, the curves are left out then.") from None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from infusion.metrics.leaks import leak
-from infusion.metrics.similarity import alignment, diversity, fidelity, nearest, preservation, spread
+from infusion.metrics.similarity import alignment, centroids, diversity, fidelity, nearest, preservation, spread
 
 
 def rows(n: int, seed: int, d: int = 6) -> torch.Tensor:
@@ -75,3 +75,10 @@ def test_a_leak_counts_only_prompts_that_asked_for_something_else():
         leak(["city"], ["city"], ["city"], "city")
     with pytest.raises(ValueError, match="1, 2 and 1 entries"):
         leak(["city"], ["city", "x"], ["beach"], "city")
+
+
+def test_centroids_follow_the_heat_and_not_its_faint_rest():
+    masks = torch.full((2, 4, 8), 0.3)
+    masks[0, 1, 6] = 1.0
+    masks[1, 3, :2] = torch.tensor([1.0, 0.75])
+    assert torch.allclose(centroids(masks), torch.tensor([[1.5 / 4, 6.5 / 8], [3.5 / 4, (0.5 * 2 + 1.5) / 3 / 8]]))

@@ -67,3 +67,14 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
             f"Sets of shape {tuple(a.shape)} and {tuple(b.shape)} cannot be compared; give (n, d) and (m, d)."
         )
     return F.normalize(a.cpu().double(), dim=-1) @ F.normalize(b.cpu().double(), dim=-1).T
+
+
+def centroids(masks: Tensor) -> Tensor:
+    """Where soft masks (n, h, w), largest value 1, lie: (n, 2) in [0, 1], down and across. What is below half of the largest value does
+    not count: faint heat everywhere would draw all of them to the centre."""
+    weight = (masks - masks.amax(dim=(1, 2), keepdim=True) / 2).clamp_min(0)
+    total = weight.sum(dim=(1, 2)).clamp_min(1e-12)
+    down, across = (
+        (torch.arange(side, device=masks.device, dtype=masks.dtype) + 0.5) / side for side in masks.shape[1:]
+    )
+    return torch.stack([(weight.sum(2) @ down) / total, (weight.sum(1) @ across) / total], dim=1)
