@@ -42,6 +42,7 @@ WORLD = (
     "segmentation",
     "autoencoder",
     "validation",
+    "runs",
     "release",
     "judge",
     "twins",

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from infusion.world.judge import Judge, JudgeNetwork, Maps
@@ -27,6 +26,7 @@ from infusion.world.judge_figures import calibrate, examine, examine_told, judge
 from infusion.world.judge_lessons import Labels, cells, corrupt, heat_targets, labels_of, mirrored, shows_change
 from infusion.world.models import build_autoencoder, pixels_to_tensor
 from infusion.world.release import read_log, read_weights
+from infusion.world.runs import Run, Schedule
 from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
 from infusion.world.twins import VIEWS, Families, build_families, load_families
 
@@ -47,6 +47,11 @@ class JudgeConfig:
     ema: float = 0.999
     seed: int = 0
     save_every: int = 250
+
+    @property
+    def schedule(self) -> Schedule:
+        """Its part that every training by the clock has."""
+        return Schedule(self.minutes, self.learning_rate, self.warmup, self.decay, self.ema, self.save_every)
 
 
 def judge_losses(maps: Maps, labels: Labels, config: JudgeConfig) -> dict[str, Tensor]:
@@ -95,29 +100,9 @@ def train_judge(
     device = accelerator.device
     network.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.02)
-    ema = EMAModel(network.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75, foreach=True)
-    checkpoint, step, spent = folder / "judge.pt", 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.load_state_dict(state["ema"])
-        step, spent = state["step"], state["seconds"]
-    limit, last = config.minutes * 60, time.monotonic()
-
-    def save() -> None:
-        state = {
-            "network": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict(),
-            "step": step, "seconds": spent,
-        }  # fmt: skip
-        torch.save(state, checkpoint.with_suffix(".tmp"))
-        checkpoint.with_suffix(".tmp").replace(checkpoint)
-
-    while spent < limit:
-        rng = np.random.default_rng((config.seed, step))
-        lr = config.learning_rate * min(1.0, (step + 1) / config.warmup, (limit - spent) / (config.decay * limit))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    run = Run(network, optimizer, config.schedule, folder / "judge.pt")
+    while run.unfinished:
+        rng = np.random.default_rng((config.seed, run.step))
         chosen = rng.choice(len(data) // VIEWS, config.families, replace=False)
         rows = (chosen[:, None] * VIEWS + np.arange(VIEWS)).ravel()
         pictures = pixels_to_tensor(torch.from_numpy(data.pixels[rows]))
@@ -126,19 +111,9 @@ def train_judge(
         with accelerator.autocast():
             maps = network(pictures)
         losses = judge_losses(maps, labels, config)
-        accelerator.backward(torch.stack(list(losses.values())).sum())
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.step(network.parameters())
-        step += 1
-        now = time.monotonic()
-        spent, last = spent + now - last, now
-        if step % config.save_every == 0:
-            save()
-        yield step, spent, {name: float(loss.detach()) for name, loss in losses.items()}
-    save()
-    ema.copy_to(network.parameters())
+        run.update(torch.stack(list(losses.values())).sum(), accelerator)
+        yield run.step, run.seconds, {name: float(loss.detach()) for name, loss in losses.items()}
+    run.finish()
 
 
 def _focal(logits: Tensor, target: Tensor) -> Tensor:

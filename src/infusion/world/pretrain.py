@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
@@ -34,6 +34,7 @@ from infusion.world.judge import Judge, load_judge
 from infusion.world.models import build_autoencoder, build_scheduler, build_text_encoder, build_unet
 from infusion.world.picking import best_score, judged, keep_best, save_best
 from infusion.world.release import read_weights
+from infusion.world.runs import Run, Schedule
 from infusion.world.segmentation import (
     SegmentationHead,
     attribute_loss,
@@ -71,6 +72,11 @@ class PretrainConfig:
     validate_every: int = 1000
     judge_every: int = 2000
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Its part that every training by the clock has."""
+        return Schedule(self.minutes, self.learning_rate, self.warmup, self.decay, self.ema, self.save_every)
 
 
 @dataclass(frozen=True)
@@ -136,45 +142,18 @@ def train_base(
         betas=(0.9, 0.99),
         fused=True,
     )
-    ema = EMAModel(networks.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75, foreach=True)
-    step, spent, best = 0, 0.0, float("-inf")
-    checkpoint = folder / CHECKPOINT
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        networks.load_state_dict(state["networks"])
-        optimizer.load_state_dict(state["optimizer"])
-        for group in optimizer.param_groups:
-            group["fused"] = True
-        ema.load_state_dict(state["ema"])
-        step, spent = state["step"], state["seconds"]
-        best = best_score(folder)
+    run = Run(networks, optimizer, config.schedule, folder / CHECKPOINT)
+    best = best_score(folder) if run.step else float("-inf")
     alphas = build_scheduler().alphas_cumprod.to(device)
     table = meanings(build_tokenizer()).to(device)
-    limit = config.minutes * 60
-    last = time.monotonic()
-
-    def save() -> None:
-        state = {
-            "networks": networks.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "ema": ema.state_dict(),
-            "step": step,
-            "seconds": spent,
-        }
-        torch.save(state, checkpoint.with_suffix(".tmp"))
-        checkpoint.with_suffix(".tmp").replace(checkpoint)
-
     with recorded_maps(unet) as records:
-        while spent < limit:
-            rng = np.random.default_rng((config.seed, step))
-            lr = config.learning_rate * min(1.0, (step + 1) / config.warmup, (limit - spent) / (config.decay * limit))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            rows = _epoch_rows(len(latents), config, step)
+        while run.unfinished:
+            rng = np.random.default_rng((config.seed, run.step))
+            rows = _epoch_rows(len(latents), config, run.step)
             batch = sample_batch(latents, data, rows, rng, config.caption_dropout)
             clean, ids = batch.latents.to(device), batch.ids.to(device)
             timesteps = draw_timesteps(rng, len(rows), len(alphas)).to(device)
-            noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step + 1)).to(device)
+            noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(run.step + 1)).to(device)
             a = alphas[timesteps].sqrt()[:, None, None, None]
             s = (1 - alphas[timesteps]).sqrt()[:, None, None, None]
             noisy, target = a * clean + s * noise, a * noise - s * clean
@@ -191,41 +170,39 @@ def train_base(
             separation = separation_loss(states, ids, table)
             segmentation = segmentation_loss(logits, class_targets(ids, words, masks, table))
             attribute = attribute_loss(attribute_logits, attribute_targets(batch.subjects.to(device), masks))
-            accelerator.backward(
+            rate = run.learning_rate
+            run.update(
                 denoising
                 + config.grounding_weight * grounding
                 + config.separation_weight * separation
                 + config.segmentation_weight * segmentation
-                + config.attribute_weight * attribute
+                + config.attribute_weight * attribute,
+                accelerator,
             )
-            torch.nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.step(networks.parameters())
-            step += 1
-            now = time.monotonic()
-            spent, last = spent + now - last, now
-            if step % config.save_every == 0:
-                save()
             measured = score = None
-            validates, judges = step % config.validate_every == 0, inspect and step % config.judge_every == 0
+            validates, judges = run.step % config.validate_every == 0, inspect and run.step % config.judge_every == 0
             if validates or judges:
-                ema.store(networks.parameters())
-                ema.copy_to(networks.parameters())
-                recording = dict(unet.attn_processors)
-                unet.set_attn_processor(AttnProcessor2_0())  # what is drawn now need not be kept
-                if validates:
-                    measured = validate(text_encoder, unet, *validation)
-                if judges and (score := inspect()) > best:
-                    best = score
-                    save_best(folder, text_encoder, unet, score, step)
-                unet.set_attn_processor(recording)
-                ema.restore(networks.parameters())
+                with run.averaged(), _unrecorded(unet):
+                    if validates:
+                        measured = validate(text_encoder, unet, *validation)
+                    if judges and (score := inspect()) > best:
+                        best = score
+                        save_best(folder, text_encoder, unet, score, run.step)
             losses = [float(loss.detach()) for loss in (denoising, grounding, separation, segmentation, attribute)]
-            yield Progress(step, step * config.batch, spent, *losses, lr, measured, score)
-        save()
+            yield Progress(run.step, run.step * config.batch, run.seconds, *losses, rate, measured, score)
+    run.finish()
     head.remove()
-    ema.copy_to(networks.parameters())
+
+
+@contextmanager
+def _unrecorded(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Within it the maps of what is drawn are not kept."""
+    recording = dict(unet.attn_processors)
+    unet.set_attn_processor(AttnProcessor2_0())
+    try:
+        yield
+    finally:
+        unet.set_attn_processor(recording)
 
 
 def _shipped_judge(folder: Path) -> Judge | None:

@@ -1,0 +1,112 @@
+"""A training by the clock that a kill cannot lose: networks, optimizer and averaged weights behind one checkpoint.
+
+run = Run(networks, optimizer, schedule, folder / "base.pt")
+while run.unfinished:
+    run.update(loss_of(networks, run.step), accelerator)
+run.finish()                       # the networks hold the averaged weights
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """minutes: wall time over all resumed parts. The learning rate rises over `warmup` steps and falls to zero over `decay`, a share
+    of the time. ema: decay of the averaged weights. save_every: steps between checkpoints."""
+
+    minutes: float
+    learning_rate: float
+    warmup: int
+    decay: float
+    ema: float
+    save_every: int
+
+
+class Run:
+    """A training under way. Begins where the checkpoint left it, if there is one. step: updates made; seconds: wall time spent."""
+
+    def __init__(
+        self, networks: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, checkpoint: Path
+    ) -> None:
+        self.networks, self.optimizer, self.schedule, self.checkpoint = networks, optimizer, schedule, checkpoint
+        self.ema = EMAModel(networks.parameters(), decay=schedule.ema, use_ema_warmup=True, power=0.75, foreach=True)
+        self.step, self.seconds = 0, 0.0
+        if checkpoint.exists():
+            self._resume()
+        self._last = time.monotonic()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is time left."""
+        return self.seconds < 60 * self.schedule.minutes
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the coming step."""
+        s, limit = self.schedule, 60 * self.schedule.minutes
+        return s.learning_rate * min(1.0, (self.step + 1) / s.warmup, (limit - self.seconds) / (s.decay * limit))
+
+    def update(self, loss: Tensor, accelerator: Accelerator) -> None:
+        """One step down the loss's gradient, clipped to norm 1; saves when it is time to."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        accelerator.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.networks.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.step(self.networks.parameters())
+        self.step += 1
+        now = time.monotonic()
+        self.seconds, self._last = self.seconds + now - self._last, now
+        if self.step % self.schedule.save_every == 0:
+            self.save()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the networks hold the averaged weights."""
+        self.ema.store(self.networks.parameters())
+        self.ema.copy_to(self.networks.parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.networks.parameters())
+
+    def finish(self) -> None:
+        """Save, and leave the averaged weights in the networks."""
+        self.save()
+        self.ema.copy_to(self.networks.parameters())
+
+    def save(self) -> None:
+        """Write the checkpoint; a kill leaves the old one or the new one."""
+        state = {
+            "networks": self.networks.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        temporary = self.checkpoint.with_suffix(".tmp")
+        torch.save(state, temporary)
+        temporary.replace(self.checkpoint)
+
+    def _resume(self) -> None:
+        device = next(self.networks.parameters()).device
+        state = torch.load(self.checkpoint, map_location=device, weights_only=True)
+        fused = [group.get("fused") for group in self.optimizer.param_groups]
+        self.networks.load_state_dict(state["networks"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, given in zip(self.optimizer.param_groups, fused, strict=True):
+            group["fused"] = given  # the optimizer's own, not the checkpoint's: another device may have another
+        self.ema.load_state_dict(state["ema"])
+        self.step, self.seconds = state["step"], state["seconds"]
