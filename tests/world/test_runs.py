@@ -1,0 +1,72 @@
+"""A training by the clock: what a kill leaves, and whose weights the networks hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from infusion.world.runs import Run, Schedule
+
+SCHEDULE = Schedule(minutes=5, learning_rate=0.1, warmup=4, decay=0.5, ema=0.9, save_every=3)
+
+
+def begun(path, schedule=SCHEDULE):
+    torch.manual_seed(0)
+    network = torch.nn.Linear(3, 2)
+    return network, Run(network, torch.optim.AdamW(network.parameters(), 0.1), schedule, path)
+
+
+def train(network, run, steps):
+    accelerator = Accelerator(cpu=True)
+    while run.step < steps:
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(run.step))
+        run.update((network(x) - 1).square().mean(), accelerator)
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path, monkeypatch):
+    ticks = iter(range(1000))  # a clock of one second a look, so that the learning rate is the same in both
+    monkeypatch.setattr("infusion.world.runs.time.monotonic", lambda: next(ticks))
+    whole = begun(tmp_path / "whole.pt")
+    train(*whole, 8)
+    killed = begun(tmp_path / "killed.pt")
+    train(*killed, 5)  # the checkpoint is that of step 3
+    again = begun(tmp_path / "killed.pt")
+    assert (again[1].step, again[1].seconds) == (3, 3.0)
+    train(*again, 8)
+    whole[1].finish()
+    again[1].finish()
+    for a, b in zip(whole[0].parameters(), again[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_averaged_weights_are_lent_and_taken_back_even_after_an_error(tmp_path):
+    network, run = begun(tmp_path / "a.pt")
+    train(network, run, 6)
+    before = network.weight.detach().clone()
+    lent = []
+
+    def interrupted():
+        with run.averaged():
+            lent.append(network.weight.detach().clone())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not torch.equal(lent[0], before)
+    assert torch.equal(network.weight, before)
+    run.finish()
+    assert torch.equal(network.weight, lent[0])
+
+
+def test_the_learning_rate_rises_and_falls_to_nothing(tmp_path):
+    network, run = begun(tmp_path / "a.pt")
+    assert run.learning_rate == pytest.approx(0.1 / 4)
+    train(network, run, 4)
+    assert run.learning_rate == pytest.approx(0.1)
+    run.seconds = 5 * 60 * 0.75
+    assert run.learning_rate == pytest.approx(0.05)
+    assert run.unfinished
+    run.seconds = 300.0
+    assert run.learning_rate == 0
+    assert not run.unfinished
