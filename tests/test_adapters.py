@@ -67,6 +67,9 @@ def test_a_concept_and_a_folder(pipe, tmp_path):
     assert concept.subject == "a <milo>"
     with concept.attached(pipe) as custom:
         assert latents(custom, "a <milo>").shape == (1, 4, 8, 8)
+    assert load_adapter(path, "dog", subject="the <milo:0.5>").subject == "the <milo:0.5>"
+    with pytest.raises(InfusionError, match="does not hold '<milo>'"):
+        load_adapter(path, "dog", subject="the <rex:0.5>")
     unet = tuned_unet(pipe)
     rebuilt(pipe, unet=unet).save_pretrained(tmp_path / "tuned")
     folder = load_adapter(tmp_path / "tuned", "dog", subject="a sks dog")

@@ -28,7 +28,7 @@ from infusion.streams import execution_device, require_unet
 
 def load_adapter(path: str | Path, word: str, subject: str | None = None) -> Adapter:
     """The adapter in a file or folder. word: the subject's class word. subject: how prompts call it; by default "a <name>"
-    for a concept, "a " and its token for an embedding, "a WORD" for a LoRA or a pipeline.
+    for a concept (or "a <name:0.5>"), "a " and its token for an embedding, "a WORD" for a LoRA or a pipeline.
 
     Raises InfusionError for what is missing, damaged, or none of the four kinds.
     """
@@ -52,7 +52,7 @@ def load_adapter(path: str | Path, word: str, subject: str | None = None) -> Ada
         ) from None
     if any(key.startswith("infusion.") for key in metadata):
         concept = Concept.load(path)
-        return ConceptAdapter(_naming(subject, f"<{concept.name}>"), concept)
+        return ConceptAdapter(_naming(subject, f"<{concept.name}>", f"<{concept.name}:"), concept)
     if any("lora" in key for key in shapes):
         return LoraFile(subject or f"a {word}", path)
     if len(shapes) == 1 and 1 <= len(next(iter(shapes.values()))) <= 2:
@@ -144,9 +144,9 @@ def _properties(pipe: DiffusionPipeline) -> tuple[object, ...]:
     return side, unet["in_channels"], unet["cross_attention_dim"], pipe.scheduler.config["prediction_type"]
 
 
-def _naming(subject: str | None, token: str) -> str:
-    """What prompts call the subject; it must hold the token, or nothing would be customized."""
-    if subject is not None and token not in subject:
+def _naming(subject: str | None, token: str, *others: str) -> str:
+    """What prompts call the subject; it must hold the token or another form of it, or nothing would be customized."""
+    if subject is not None and not any(form in subject for form in (token, *others)):
         raise InfusionError(
             f"The subject {subject!r} does not hold {token!r}, by which this file is called; say 'a {token}', for example."
         )

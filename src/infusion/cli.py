@@ -218,7 +218,8 @@ def evaluate(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html and figures.json.")],
     base: Base = "embedded",
     subject: Annotated[
-        str | None, typer.Option(help='How prompts call it: "sks dog". By default <name>, or "a WORD".')
+        str | None,
+        typer.Option(help='How prompts call it: "a <milo:0.5>", "sks dog". By default "a <name>" or "a WORD".'),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Pictures a prompt, by the base and by the adapter.")] = 10,
     clip: Annotated[str | None, typer.Option(help="CLIP weights for CLIP-I and CLIP-T: a folder or a hub id.")] = None,

@@ -38,8 +38,8 @@ from infusion.world.subjects import Subject
 MILO = Subject("dog", "purple", "yellow", "spotted", "none", (0.55, 0.7, 0.5, 0.35))
 NAME = "milo"
 PHOTOS_BACKGROUND = "meadow"
-# The best on the embedded base, by benchmarks/search.toml: drawn with all that was learned the class suffers.
-LEARNING_RATE, STRENGTH = 0.06, 0.7
+# The best on the embedded base (docs/log.md): guidance multiplies what was learned, and at full strength the class suffers.
+LEARNING_RATE, STRENGTH = 0.06, 0.5
 
 PROMPTS = (
     "a photo of {} on the beach",
