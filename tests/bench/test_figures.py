@@ -8,7 +8,7 @@ import io
 import pytest
 from PIL import Image
 
-from infusion.bench.figures import beside, coverage, curves, leak, point_figures, pooled, share
+from infusion.bench.figures import beside, coverage, curves, leak, matched, point_figures, pooled, share
 from infusion.bench.tables import write_benchmark
 from infusion.errors import InfusionError
 from tests.bench.records import FLOOR, record
@@ -108,19 +108,33 @@ def test_methods_are_compared_on_what_they_share():
     assert beside(curves([FLOOR, LEAKY]), "infusion") == {}
 
 
+def test_an_overfitted_method_is_compared_where_it_was_as_faithful():
+    wrong = {"color1": "green", "color2": "green"}
+    early, late = record("dreambooth", [wrong, {}], samples=40), record("dreambooth", [{}, {}])
+    early["points"] += late["points"]
+    ours = record("infusion", [wrong, {}])
+    found = curves([FLOOR, early, ours, record("lora", [{}, {"pattern": "plain"}])])
+    assert matched(found, "infusion") == {"class-word": 0, "dreambooth": 40, "lora": 80}
+    assert beside(found, "infusion", {"dreambooth": 40})["dreambooth"]["fidelity"].value == 0
+    assert beside(found, "infusion")["dreambooth"]["fidelity"].value == pytest.approx(-0.5)
+
+
 def test_the_page(tmp_path):
     picture = Image.new("RGB", (16, 8), "red")
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG")
     strip = base64.b64encode(buffer.getvalue()).decode()
-    records = [FLOOR, LEAKY, record("infusion", [{}, {"background": "city", "style": "sketch"}], strip=strip)]
+    early = record("lora", [{}, {"background": "city", "style": "sketch"}], samples=40)
+    early["points"] += LEAKY["points"]
+    records = [FLOOR, LEAKY, early, record("infusion", [{}, {"background": "city", "style": "sketch"}], strip=strip)]
     path = write_benchmark(records, tmp_path, "trial-run", "## What we claim\n")
     text = path.read_text()
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
     assert "| infusion | 80 |" in text
     assert text.startswith("# Trial run\n")
     assert text.index("## What we claim") < text.index("## At the last point")
-    assert "3 jobs on 1 subjects" in text
+    assert "4 jobs on 1 subjects" in text
+    assert "| lora, 40 samples | +0.0 |" in text
     assert "100.0 | 0.8 |" in next(line for line in text.splitlines() if line.startswith("| infusion | 100"))
     assert "dreambooth" in rows
     assert (tmp_path / "trial-run.png").stat().st_size > 10_000

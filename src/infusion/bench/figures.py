@@ -138,13 +138,18 @@ def curves(records: Iterable[Record]) -> dict[str, dict[int, BySubject]]:
     return found
 
 
-def beside(found: Mapping[str, Mapping[int, BySubject]], label: str) -> dict[str, dict[str, Estimate]]:
-    """From `curves`: other labels -> figure -> the mean difference of `label` minus the other at the last point of either, over the
-    subjects of both; jobs are paired that share photos, prompts and seeds."""
-    last = {name: by_samples[max(by_samples)] for name, by_samples in found.items()}
-    ours = last.get(label, {})
+def beside(
+    found: Mapping[str, Mapping[int, BySubject]], label: str, at: Mapping[str, int] | None = None
+) -> dict[str, dict[str, Estimate]]:
+    """From `curves`: other labels -> figure -> the mean difference of `label`, at its last point, minus the other, over the subjects of
+    both; jobs are paired that share photos, prompts and seeds. at: samples seen by the others to compare with, by label; by default each
+    one's last point."""
+    points = {name: by_samples[max(by_samples)] for name, by_samples in found.items()}
+    ours = points.get(label, {})
+    if at is not None:
+        points = {name: found[name][samples] for name, samples in at.items()}
     result: dict[str, dict[str, Estimate]] = {}
-    for other, theirs in last.items():
+    for other, theirs in points.items():
         differences: BySubject = {
             whose: {
                 job: {n: _minus(jobs[job][n], theirs[whose][job].get(n)) for n in jobs[job]}
@@ -157,6 +162,17 @@ def beside(found: Mapping[str, Mapping[int, BySubject]], label: str) -> dict[str
         if estimates := {name: e for name in sorted(names) if (e := pooled(differences, name))}:
             result[other] = estimates
     return result
+
+
+def matched(found: Mapping[str, Mapping[int, BySubject]], label: str) -> dict[str, int]:
+    """From `curves`: other labels -> the samples seen at which their fidelity is nearest to that of `label` at its last point, over the
+    subjects of both; of equally near ones the fewest. What overfits should be compared at equal fidelity, not at equal time."""
+    nearest: dict[str, int] = {}
+    for other, by_samples in found.items():
+        gaps = {s: e["fidelity"] for s in sorted(by_samples) if (e := beside(found, label, {other: s}).get(other))}
+        if gaps:
+            nearest[other] = min(gaps, key=lambda s: abs(gaps[s].value))
+    return nearest
 
 
 def pooled(rows: BySubject, name: str) -> Estimate | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from infusion.bench.figures import Record, beside, curves, pooled
+from infusion.bench.figures import Record, beside, curves, matched, pooled
 from infusion.errors import InfusionError
 from infusion.metrics.estimate import Estimate
 from infusion.sheets import contact_sheet
@@ -142,11 +142,13 @@ def _is_ours(records: Sequence[Record], label: str) -> bool:
 def _beside(found: dict, label: str) -> list[str]:
     """The label minus each other on the same subjects, prompts and seeds."""
     others = beside(found, label)
+    earlier = {n: s for n, s in matched(found, label).items() if s < max(found[n])}
+    others |= {f"{n}, {earlier[n]:,} samples": figures for n, figures in beside(found, label, earlier).items()}
     count = sum(name in figures for figures in others.values() for name, _, _ in BESIDE)
     lines = [
         f"## {label} beside the others",
         "",
-        f'The figure of {label} minus the other\'s on the same subjects, prompts and seeds, at the last point of both; "where told" and leaks rest on what can be told in each. '
+        f"The figure of {label} minus the other's on the same subjects, prompts and seeds, at the last point of both and, where another point of the other's has a fidelity nearer to that of {label}, at that one too; \"where told\" and leaks rest on what can be told in each. "
         f"Of {count} comparisons one in twenty would leave out 0 by chance.",
         "",
         f"| {label} minus | {' | '.join(title for _, title, _ in BESIDE)} | n |",
