@@ -5,7 +5,6 @@ What kind a file is, is read from the file; nothing is unpickled.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from infusion.errors import InfusionError
 from infusion.methods.infusion import ConceptAdapter
 from infusion.methods.interface import Adapter, rebuilt
 from infusion.methods.lora import loaded_lora
+from infusion.methods.textual_inversion import with_word
 from infusion.streams import execution_device, require_unet
 
 
@@ -102,11 +102,8 @@ class EmbeddingFile:
     @contextmanager
     def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
         """A pipeline with a tokenizer and a text encoder of its own. Raises InfusionError for another width."""
-        parts = {name: copy.deepcopy(getattr(pipe, name)) for name in ("tokenizer", "text_encoder")}
-        custom = rebuilt(pipe, **parts)
-        embedding = next(iter(self.tensors().values()))
         try:
-            custom.load_textual_inversion({self.token: embedding}, token=self.token)
+            custom = with_word(pipe, self.token, next(iter(self.tensors().values())))
         except (RuntimeError, ValueError) as error:
             raise _misfit(self.path, error) from None
         yield custom

@@ -68,6 +68,7 @@ def test_the_pipeline_stays_and_the_adapter_draws(pipe, lesson, name):
     first, *_, last = [(s.step, s.loss, s.adapter) for s in SMALL[name](pipe, lesson)]
     assert (first[0], last[0]) == (1, 3)
     adapter = last[2]
+    assert adapter.subject.startswith("a ")  # or prompts would read otherwise than the captions learned from
     with adapter.attached(pipe) as custom:
         drawn = latents(custom, prompt.format(adapter.subject))
         assert torch.equal(drawn, latents(custom, prompt.format(adapter.subject)))
@@ -86,6 +87,14 @@ def test_the_same_seed_learns_the_same(pipe, lesson, name):
     runs = [[s.adapter for s in SMALL[name](pipe, lesson)][-1].tensors() for _ in range(2)]
     assert runs[0].keys() == runs[1].keys()
     assert all(torch.equal(v, runs[1][k]) for k, v in runs[0].items())
+
+
+def test_a_look_at_a_tuned_copy_leaves_it_training(pipe, lesson):
+    states = dreambooth(pipe, lesson, DreamBoothConfig(2, 1))
+    unet = next(states).adapter.unet
+    with next(states).adapter.attached(pipe) as custom:
+        assert not custom.unet.training
+    assert unet.training
 
 
 def test_a_strength_is_for_drawing_alone(pipe, lesson):

@@ -51,8 +51,12 @@ class TunedUNet:
 
     @contextmanager
     def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        """A pipeline with this UNet in place of the base's."""
-        yield rebuilt(pipe, unet=self.unet.eval())
+        """A pipeline with this UNet, in evaluation mode, in place of the base's."""
+        training = self.unet.training
+        try:
+            yield rebuilt(pipe, unet=self.unet.eval())
+        finally:
+            self.unet.train(training)
 
 
 def dreambooth(

@@ -34,22 +34,29 @@ class TextualInversionConfig:
 
 @dataclass(frozen=True)
 class WordEmbedding:
-    """One embedding (1, d) for the token `subject`."""
+    """One embedding (1, d) for `token`; prompts call the subject "a <name>", as the captions did that it was learned from."""
 
     subject: str
+    token: str
     embedding: Tensor
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The embedding, under its token as textual-inversion files have it."""
-        return {self.subject: self.embedding.detach()}
+        return {self.token: self.embedding.detach()}
 
     @contextmanager
     def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        """A pipeline with a text encoder of its own that has loaded the embedding the way diffusers does."""
-        parts = {name: copy.deepcopy(getattr(pipe, name)) for name in ("tokenizer", "text_encoder")}
-        custom = rebuilt(pipe, **parts)
-        custom.load_textual_inversion({self.subject: self.embedding.detach()}, token=self.subject)
-        yield custom
+        """A pipeline that knows the token."""
+        yield with_word(pipe, self.token, self.embedding.detach())
+
+
+def with_word(pipe: DiffusionPipeline, token: str, embedding: Tensor) -> DiffusionPipeline:
+    """A pipeline with a tokenizer and a text encoder of its own that has loaded the embedding the way diffusers does; raises what
+    diffusers raises where it does not fit."""
+    parts = {name: copy.deepcopy(getattr(pipe, name)) for name in ("tokenizer", "text_encoder")}
+    custom = rebuilt(pipe, **parts)
+    custom.load_textual_inversion({token: embedding}, token=token)
+    return custom
 
 
 def textual_inversion(
@@ -62,7 +69,7 @@ def textual_inversion(
     unet = require_unet(pipe)
     optimizer = torch.optim.AdamW([word.embedding], config.learning_rate, weight_decay=1e-2)
     generator = torch.Generator().manual_seed(config.seed)
-    adapter = WordEmbedding(word.token, word.embedding)
+    adapter = WordEmbedding(f"a {word.token}", word.token, word.embedding)
     for step in range(1, config.steps + 1):
         draw = lesson.draw(config.batch, generator)
         loss = denoising_loss(unet, draw, word.states(ids[draw.captions]))
