@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import pickle
+import stat
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -13,10 +15,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 import infusion
-from infusion.concept import BaseInfo, Concept
+from infusion.concept import MAX_FILE, MAX_WORD, BaseInfo, Concept
 from infusion.errors import InfusionError, InfusionWarning
 from infusion.packing import BLOCK, in_order, on_grid, pack, packed_size, unpack
 from tests.conftest import latents, random_concept
@@ -57,6 +59,10 @@ def test_an_sd15_concept_is_at_most_11264_bytes():
     assert sum(SD15.values()) == 12_480
     assert len(sd15_concept().to_bytes()) <= 11_264
     assert len(sd15_concept(name="m" * 64, word="w" * 64).to_bytes()) <= 11_264
+    longest = max(n for n in range(64) if len(json.dumps("犬" * n)) <= MAX_WORD)
+    assert len(sd15_concept(name="m" * 64, word="犬" * longest).to_bytes()) <= 11_264
+    with pytest.raises(InfusionError, match="no class word"):
+        sd15_concept(word="犬" * (longest + 1))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -144,8 +150,20 @@ def test_a_learned_concept_loses_nothing_by_saving(pipe, tmp_path):
     assert torch.equal(*drawn)
 
 
-def small_file() -> bytes:
-    return Concept("milo", "dog", {"mid_block.attentions.0.transformer_blocks.0.attn2": torch.randn(8)}).to_bytes()
+def small_file(**more: object) -> bytes:
+    residual = torch.randn(8, generator=torch.Generator().manual_seed(3))
+    return Concept("milo", "dog", {"mid_block.attentions.0.transformer_blocks.0.attn2": residual}, **more).to_bytes()
+
+
+def test_a_header_that_begins_as_a_pickle_does_is_read():
+    """Lengths of 640 and 1,152 bytes begin with 80 02 and 80 04."""
+    seen = set()
+    for pad in range(700):
+        content = small_file(settings={"note": "x" * pad})
+        if content[0] == 0x80 and content[1] in (2, 4):
+            seen.add(content[1])
+            assert Concept.from_bytes(content).to_bytes() == content
+    assert seen == {2, 4}
 
 
 def test_every_bit_flip_is_refused():
@@ -222,16 +240,24 @@ def test_files_of_other_kinds(tmp_path):
         Concept.load(path)
     with pytest.raises(InfusionError, match="no concept file"):
         Concept.load(tmp_path)
-    path.write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(InfusionError, match="pickle"):
-        Concept.load(path)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("data.pkl", b"x")
     with pytest.raises(InfusionError, match="pickle or zip"):
         Concept.load(path)
-    save_file({"unet.lora_A.weight": torch.zeros(2)}, path)
-    with pytest.raises(InfusionError, match="a LoRA"):
-        Concept.load(path)
+    for protocol in (2, 3, 4, 5):
+        path.write_bytes(pickle.dumps({"a": 1}, protocol))
+        with pytest.raises(InfusionError, match="pickle"):
+            Concept.load(path)
+    loras = [
+        save({"unet.lora_A.weight": torch.zeros(2)}),
+        save({"unet.x.lora_B.weight": torch.zeros(3 * 2**20)}),  # larger than any concept
+        save({"lora_unet_mid.lora_up.weight": torch.zeros(2)}, {"ss_tag_frequency": "t" * 60_000}),
+        save({f"unet.{i}.lora_A.weight": torch.zeros(2) for i in range(900)}),  # its header too
+    ]
+    for content in loras:
+        path.write_bytes(content)
+        with pytest.raises(InfusionError, match="is a LoRA"):
+            Concept.load(path)
     save_file({"<cat-toy>": torch.zeros(2)}, path)
     with pytest.raises(InfusionError, match="load_textual_inversion"):
         Concept.load(path)
@@ -249,9 +275,13 @@ def test_files_of_other_kinds(tmp_path):
     path.write_bytes(len(deep).to_bytes(8, "little") + deep)
     with pytest.raises(InfusionError):
         Concept.load(path)
-    path.write_bytes(b"\0" * (4 * 2**20 + 1))
+    with path.open("wb") as file:
+        file.truncate(8 * 2**30)  # sparse: takes no disk
+    tracemalloc.start()
     with pytest.raises(InfusionError, match="is larger than"):
         Concept.load(path)
+    assert tracemalloc.get_traced_memory()[1] < 2 * MAX_FILE + 2**20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
@@ -265,12 +295,44 @@ def test_files_of_other_kinds(tmp_path):
         ("milo", "dog", {"a": torch.zeros(2, 2)}, "must be a vector"),
         ("milo", "dog", {"a": torch.zeros(0)}, "must be a vector"),
         ("milo", "dog", {"a": torch.tensor([1.0, float("nan")])}, "not finite"),
-        ("milo", "dog", {"a": torch.tensor([1e9])}, "exceeds"),
+        ("milo", "dog", {"a": torch.tensor([65_000.0])}, "exceeds"),  # fp16 would hold it, but its neighbours not
+        ("milo", "dog\n", {}, "no class word"),
+        ("milo", "dog", {"a b": torch.zeros(1)}, "no path of a layer"),
+        ("milo", "dog", {"\u00b2": torch.zeros(1)}, "no path of a layer"),
     ],
 )
 def test_bad_values(name, word, residuals, message):
     with pytest.raises(InfusionError, match=message):
         Concept(name, word, residuals)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rate": float("nan")}, "finite numbers"),
+        ({"layers": ["up"]}, "finite numbers"),
+        ({"note": None}, "finite numbers"),
+        ({"note": "\x1b[31m"}, "finite numbers"),
+        ({"note": "x" * 2000}, "more than 1,024 bytes"),
+    ],
+)
+def test_settings_that_a_file_could_not_give_back(settings, message):
+    with pytest.raises(InfusionError, match=message):
+        Concept("milo", "dog", {}, settings)
+
+
+def test_the_largest_values_can_be_kept_in_every_scheme():
+    concept = Concept("milo", "dog", {"a": torch.tensor([6e4, -6e4, 1e-9])})
+    for scheme in ("q6", "fp16", "fp32"):
+        assert Concept.from_bytes(concept.to_bytes(scheme)).residuals["a"][0] == pytest.approx(6e4, rel=0.02)
+
+
+def test_the_folder_is_flushed_after_the_file_has_its_name(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda h: (done.append(stat.S_ISDIR(os.fstat(h).st_mode)), fsync(h))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("named"), replace(a, b))[1])
+    sd15_concept().save(tmp_path / "milo.safetensors")
+    assert done == [False, "named", True]
 
 
 def test_a_place_that_cannot_be_written(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -27,12 +28,17 @@ from infusion.prompts import NAME
 FORMAT = "1"
 MAX_FILE = 4 * 2**20  # SDXL in fp32 takes a tenth of it
 MAX_HEADER = 32 * 2**10
+MAX_SETTINGS = 2**10
 _ZEROS = "0" * 64
 _LAYER = re.compile(
     r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2"
 )
 _SHORT = re.compile(r"([dum])(?:(\d+)\.)?(\d+)\.(\d+)")
 _SIDES = {"d": "down_blocks", "u": "up_blocks", "m": "mid_block"}
+
+_PATH = re.compile(r"[A-Za-z0-9_.]{1,200}")
+_LABEL = re.compile(r"[A-Za-z0-9_.-]{0,64}")
+MAX_WORD = 80  # bytes of the class word in the file, where a letter beyond ASCII takes 6 or 12
 
 Setting = int | float | str | bool
 
@@ -67,11 +73,35 @@ class Concept:
             raise InfusionError(
                 f"{self.name!r} is no concept name; use up to 64 letters, digits, - and _, beginning with a letter, such as 'milo'."
             )
-        if not self.word.strip() or len(self.word) > 64:
+        if (
+            not self.word.strip()
+            or not self.word.isprintable()
+            or len(self.word) > 64
+            or len(json.dumps(self.word)) > MAX_WORD
+        ):
             raise InfusionError(
-                f"{self.word!r} is no class word; a concept needs one of up to 64 characters, such as 'dog'."
+                f"{self.word!r} is no class word; a concept needs one of up to 64 letters, such as 'dog', a few of them beyond ASCII."
+            )
+        for key, value in self.settings.items():
+            plain = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+            plain = plain or (isinstance(value, str) and value.isprintable())
+            if not isinstance(key, str) or not plain:
+                raise InfusionError(
+                    f"The setting {key!r} is {value!r}; settings are finite numbers, short words and flags."
+                )
+        if len(json.dumps(self.settings)) > MAX_SETTINGS:
+            raise InfusionError(
+                f"The settings take more than {MAX_SETTINGS:,} bytes; keep how it was learned, no texts."
+            )
+        if bad := [v for v in (self.base.family, self.base.weights) if not _LABEL.fullmatch(v)]:
+            raise InfusionError(
+                f"The base is described by {bad[0][:80]!r}; family and weights are letters, digits, dots, - and _."
             )
         for path, residual in self.residuals.items():
+            if not _PATH.fullmatch(path):
+                raise InfusionError(
+                    f"{path[:80]!r} is no path of a layer; such a path has letters, digits, dots and _."
+                )
             if residual.ndim != 1 or residual.numel() == 0:
                 raise InfusionError(f"The residual of {path} has shape {tuple(residual.shape)}; it must be a vector.")
             if not bool(torch.isfinite(residual).all()):
@@ -177,13 +207,16 @@ class Concept:
 
 def _checked(content: bytes, source: str) -> tuple[dict[str, str], bytes]:
     """Metadata and payload of a file whose sizes, header and hash are right."""
+    # A header of 640 bytes begins with a pickle's magic too; what begins like a header is none.
+    if content[8:9] != b"{" and (content[:2] == b"PK" or (content[:1] == b"\x80" and content[1:2] in _PROTOCOLS)):
+        raise InfusionError(
+            f"{source} is a pickle or zip archive, which can run code when opened; concepts are .safetensors files."
+        )
+    if _LORA.search(content[8:MAX_HEADER]) and b'"infusion.format"' not in content[8:MAX_HEADER]:
+        raise InfusionError(f"{source} is a LoRA, not an Infusion concept; diffusers loads it with load_lora_weights.")
     if len(content) > MAX_FILE:
         raise InfusionError(
             f"{source} is larger than {MAX_FILE:,} bytes; no concept is. Checkpoints are given with --base."
-        )
-    if content[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
-        raise InfusionError(
-            f"{source} is a pickle or zip archive, which can run code when opened; concepts are .safetensors files."
         )
     if len(content) < 16:
         raise InfusionError(f"{source} is too short to be a concept; get a fresh copy.")
@@ -198,9 +231,8 @@ def _checked(content: bytes, source: str) -> tuple[dict[str, str], bytes]:
     if not all(isinstance(v, str) for v in metadata.values()):
         raise InfusionError(f"{source} is damaged (metadata that is no text); get a fresh copy.")
     if "infusion.format" not in metadata:
-        kind = "a LoRA" if any("lora" in k.lower() for k in header) else "a safetensors file of another kind"
         raise InfusionError(
-            f"{source} is {kind}, not an Infusion concept; diffusers loads those with load_lora_weights or load_textual_inversion."
+            f"{source} is a safetensors file of another kind, not an Infusion concept; diffusers loads embeddings with load_textual_inversion."
         )
     if metadata["infusion.format"] != FORMAT:
         raise InfusionError(
@@ -215,6 +247,8 @@ def _checked(content: bytes, source: str) -> tuple[dict[str, str], bytes]:
     return metadata, content[8 + length :]
 
 
+_PROTOCOLS = {bytes([n]) for n in range(2, 6)}  # of pickle; 0 and 1 are text without a magic number
+_LORA = re.compile(rb'lora[^"]{0,100}":\s*\{\s*"dtype"|"ss_[a-z_]+"\s*:', re.IGNORECASE)
 _KEYS = {
     "infusion.base", "infusion.layers", "infusion.name", "infusion.scheme", "infusion.settings", "infusion.word",
     "modelspec.architecture", "modelspec.resolution",
@@ -242,7 +276,7 @@ def _settings(text: str, source: str) -> dict[str, Setting]:
     settings = _parsed(text.encode(), source)
     if not all(isinstance(v, int | float | str) for v in settings.values()):
         raise InfusionError(f"{source} is damaged (its settings are no plain values); get a fresh copy.")
-    return settings
+    return settings  # `Concept` has its own say on what a setting may be
 
 
 def _abbreviate(layers: list[tuple[str, int]]) -> str:
