@@ -2,7 +2,8 @@
 
 All attachments to one UNet share one session: its streams, and every pipeline built on that UNet, also
 siblings made with `from_pipe` before or meanwhile. In each of them `encode_prompt` is replaced, on
-the instance, by one that understands `<name>`; the last detach takes everything back.
+the instance, by one that understands `<name>`, and `maybe_free_model_hooks` by one that knows the call is over; while anything is
+attached, diffusers' `register_modules` tells us of new siblings. The last detach takes everything back.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from infusion.errors import InfusionError, InfusionWarning
 from infusion.families import FAMILIES
 from infusion.packing import in_order
 from infusion.prompts import Mention, Parsed, parse, refuse_in_negative
-from infusion.streams import Plan, Streams, cross_attention_layers, require_unet, value_lengths
+from infusion.streams import Plan, Streams, cross_attention_layers, execution_device, require_unet, value_lengths
+
+MAX_CALLS = 16  # kept; a call that broke off leaves its entry
+Rows = tuple[tuple[Mention, ...], ...]
 
 
 def attach(
@@ -73,10 +77,8 @@ def encode(pipe: DiffusionPipeline, prompt: str | list[str], **kwargs: Any) -> d
         **kwargs,
     }
     encoded = pipe.encode_prompt(prompt, **given)
+    session.ended(pipe)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    plan = session.streams.plan
-    if plan is not None:
-        session.encoded.append((weakref.ref(encoded[0]), plan.rows))
     return {name: states for name, states in zip(names, encoded, strict=False) if states is not None}
 
 
@@ -87,9 +89,13 @@ class Attachment:
         self, pipe: DiffusionPipeline, concepts: Sequence[Concept], two_streams: bool, strength: Mapping[str, float]
     ) -> None:
         unet = require_unet(pipe)
-        lengths = value_lengths(unet)
+        if not hasattr(pipe, "encode_prompt"):
+            raise InfusionError(
+                f"{type(pipe).__name__} does not encode its prompts itself; concepts know pipelines with encode_prompt, not yet modular ones."
+            )
+        lengths, family = value_lengths(unet), base_info(pipe).family
         for concept in concepts:
-            _check_fits(concept, lengths)
+            _check_fits(concept, lengths, family)
         _warn_of_other_weights(concepts, unet)
         names = [c.name for c in concepts]
         if twice := sorted({n for n in names if names.count(n) > 1}):
@@ -103,8 +109,8 @@ class Attachment:
         self.concepts = {c.name: c for c in concepts}
         self.two_streams, self.strength = two_streams, dict(strength)
         self._session = _Session.of(unet)
-        self._session.add(self)
         self._session.adopt(pipe)
+        self._session.add(self)
 
     @property
     def streams(self) -> Streams:
@@ -139,7 +145,10 @@ class _Session:
         self.streams = Streams(unet)
         self.attachments: list[Attachment] = []
         self.pipelines: list[DiffusionPipeline] = []
-        self.encoded: list[tuple[weakref.ref[Tensor], tuple[tuple[Mention, ...], ...]]] = []  # by `encode`
+        self.encoded: list[tuple[weakref.ref[Tensor], tuple[tuple[Mention, ...], ...]]] = []
+        self.calls: list[
+            tuple[DiffusionPipeline, Plan | None]
+        ] = []  # under way, or begun and broken off; innermost last
 
     @classmethod
     def of(cls, unet: nn.Module) -> _Session:
@@ -165,7 +174,8 @@ class _Session:
             return
         self.streams.remove()
         for pipe in self.pipelines:
-            pipe.__dict__.pop("encode_prompt", None)
+            for method in ("encode_prompt", "maybe_free_model_hooks"):
+                pipe.__dict__.pop(method, None)
         del self.open[id(self.unet)]
         _watch_new_pipelines(bool(self.open))
 
@@ -180,24 +190,65 @@ class _Session:
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
             return self.encode(pipe, signature.bind(*args, **kwargs))
 
-        pipe.encode_prompt = encode_prompt
+        free = pipe.maybe_free_model_hooks
+
+        @functools.wraps(free)
+        def maybe_free_model_hooks() -> None:  # the last thing that a stock pipeline's call does
+            free()
+            unmet = self.ended(pipe)
+            if unmet is not None:
+                names = ", ".join(sorted({f"<{m.name}>" for row in unmet.rows for m in row}))
+                raise InfusionError(
+                    f"{names} was in the prompt, but no UNet call had the prompt's text states, unconditional rows first; "
+                    "do not change prompt_embeds on the way, or attach to a stock pipeline."
+                )
+
+        pipe.encode_prompt, pipe.maybe_free_model_hooks = encode_prompt, maybe_free_model_hooks
         self.pipelines.append(pipe)
+
+    def begun(self, pipe: DiffusionPipeline, plan: Plan | None) -> None:
+        """A call of `pipe` follows `plan` until it ends; a call inside it, by a callback, is another."""
+        self.calls = [*self.calls[-MAX_CALLS:], (pipe, plan)]
+        self.streams.plan = plan
+
+    def ended(self, pipe: DiffusionPipeline) -> Plan | None:
+        """The innermost call of `pipe` is over, and with it those inside that broke off. Returns its plan if no UNet call followed it."""
+        while any(p is pipe for p, _ in self.calls):
+            caller, plan = self.calls.pop()
+            if caller is pipe:
+                self.streams.plan = self.calls[-1][1] if self.calls else None
+                return plan if plan is not None and self.streams.met is not plan else None
+        return None
 
     def encode(self, pipe: DiffusionPipeline, call: inspect.BoundArguments) -> Any:
         """Encode a prompt with the pipeline's own method, names replaced, and plan the rows."""
+        result, rows = self._encoded(pipe, call)
+        given = call.arguments
+        if not any(rows):
+            self.begun(pipe, None)
+            return result
+        if given.get("prompt_embeds") is None:
+            self.encoded = [e for e in self.encoded if e[0]() is not None]
+            self.encoded.append((weakref.ref(result[0]), rows))
+        self.begun(pipe, Plan(rows, result[0], given.get("do_classifier_free_guidance")))
+        return result
+
+    def _encoded(self, pipe: DiffusionPipeline, call: inspect.BoundArguments) -> tuple[Any, Rows]:
+        """What the pipeline's own method makes of the prompt without names, and the mentions of its rows."""
         stock = functools.partial(type(pipe).encode_prompt, pipe)
-        self.streams.plan = None
         given = call.arguments
         words = {name: c.word for a in self.attachments for name, c in a.concepts.items()}
         for key in ("negative_prompt", "negative_prompt_2"):
             for text in _as_list(given.get(key)):
                 refuse_in_negative(text, words)
+        copies = given.get("num_images_per_prompt", 1)
         if given.get("prompt_embeds") is not None:
-            return self._plan_encoded(stock(*call.args, **call.kwargs), given)
+            rows = self._rows_of(given["prompt_embeds"])
+            return stock(*call.args, **call.kwargs), tuple(row for row in rows for _ in range(copies))
         parsed = _parse(pipe, given.get("prompt"), words, "tokenizer")
         parsed_2 = _parse(pipe, given.get("prompt_2") or given.get("prompt"), words, "tokenizer_2")
         if not any(p.mentions for p in (*parsed, *parsed_2)):
-            return stock(*call.args, **call.kwargs)
+            return stock(*call.args, **call.kwargs), ()
         if parsed_2 and [p.mentions for p in parsed] != [p.mentions for p in parsed_2]:
             raise InfusionError(
                 "prompt and prompt_2 must name the same concepts at the same places; leave prompt_2 out, or begin both alike."
@@ -205,26 +256,28 @@ class _Session:
         for key, texts in (("prompt", parsed), ("prompt_2", parsed_2)):
             if given.get(key) is not None:
                 given[key] = texts[0].text if isinstance(given[key], str) else [p.text for p in texts]
-        result = stock(*call.args, **call.kwargs)
-        copies = given.get("num_images_per_prompt", 1)
         rows = tuple(self._weighted(p.mentions) for p in parsed for _ in range(copies))
-        self.streams.plan = Plan(rows, result[0])
-        return result
+        return stock(*call.args, **call.kwargs), rows
 
-    def _plan_encoded(self, result: Any, given: Mapping[str, Any]) -> Any:
-        """Plan the rows of `prompt_embeds` that came from `encode`; others carry no concept."""
-        self.encoded = [(ref, rows) for ref, rows in self.encoded if ref() is not None]
-        for ref, rows in self.encoded:
-            if ref() is given["prompt_embeds"]:
-                copies = given.get("num_images_per_prompt", 1)
-                self.streams.plan = Plan(tuple(row for row in rows for _ in range(copies)), result[0])
-        return result
+    def _rows_of(self, states: Tensor) -> Rows:
+        """The rows of states that were encoded here; others carry no concept. Raises InfusionError for one that is detached by now."""
+        rows = next((rows for ref, rows in self.encoded if ref() is states), ())
+        attached = {name for a in self.attachments for name in a.concepts}
+        if gone := sorted({m.name for row in rows for m in row} - attached):
+            raise InfusionError(f"prompt_embeds were encoded with <{gone[0]}>, which is detached; attach it again.")
+        return rows
 
     def _refresh(self) -> None:
         """Later attachments go before earlier ones of the same name."""
-        self.streams.residuals = {n: c.residuals for a in self.attachments for n, c in a.concepts.items()}
+        like = {"device": execution_device(self.pipelines[0])} if self.pipelines else {}
+        self.streams.residuals = {
+            name: {path: r.to(**like) for path, r in c.residuals.items()}
+            for a in self.attachments
+            for name, c in a.concepts.items()
+        }
         self.streams.two_streams = all(a.two_streams for a in self.attachments[-1:])
         self.streams.plan = None
+        self.calls.clear()
 
     def _weighted(self, mentions: tuple[Mention, ...]) -> tuple[Mention, ...]:
         factors = {n: a.strength.get(n, 1.0) for a in self.attachments for n in a.concepts}
@@ -260,7 +313,12 @@ def _watch_new_pipelines(on: bool) -> None:
     DiffusionPipeline.register_modules = _register_and_adopt if on else _stock_register
 
 
-def _check_fits(concept: Concept, lengths: Mapping[str, int]) -> None:
+def _check_fits(concept: Concept, lengths: Mapping[str, int], family: str) -> None:
+    if concept.base.family in FAMILIES and family in FAMILIES and concept.base.family != family:
+        raise InfusionError(
+            f"<{concept.name}> was learned on {concept.base.family}, this base is {family}; their layers have the same "
+            "shapes, but what was learned does not carry over: learn it again on this one."
+        )
     for path, residual in concept.residuals.items():
         if lengths.get(path) != len(residual):
             have = f"has length {lengths[path]}" if path in lengths else "is missing"

@@ -83,11 +83,14 @@ class Plan:
     """What the conditional rows of the coming UNet calls carry.
 
     rows: mentions of each conditional row. states: the rows' text states (n, m, d), by which a UNet
-    call is recognized as one of this plan's.
+    call is recognized as one of this plan's; which rows are customized follows from the plan and the batch
+    alone, so a negative prompt may be the same text. guidance: whether the calls bring unconditional rows too, None where
+    that is not known.
     """
 
     rows: tuple[tuple[Mention, ...], ...]
     states: Tensor
+    guidance: bool | None = None
 
 
 @dataclass
@@ -103,6 +106,8 @@ class _Call:
     words: Tensor  # (E, m) strength on the word's tokens
     residuals: dict[str, Tensor]  # layer path -> residual of each entry (E, h * d)
     batch: int
+    mode: Mode
+    doubled: bool  # whether foundational rows were appended
     keep: Tensor | None = None  # rows that attention computes itself; None = all
     origin: Tensor | None = None  # for every row, its place among the kept ones
     source: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -117,6 +122,7 @@ class Streams:
         self.residuals: dict[str, Mapping[str, Tensor]] = {}  # concept name -> path -> residual
         self.two_streams = True
         self.plan: Plan | None = None
+        self.met: Plan | None = None  # the last plan that a UNet call followed
         self.mode: Mode = "joint"
         self.recorded: dict[str, tuple[Tensor, Tensor]] = {}  # path -> (output, maps) of the foundational rows
         self._call: _Call | None = None
@@ -163,7 +169,7 @@ class Streams:
         states = bound.arguments["encoder_hidden_states"]
         batch = bound.arguments["sample"].shape[0]
         self._call = call = self._planned(batch, states)
-        if call is None or self.mode != "joint" or not self.two_streams:
+        if call is None or not call.doubled:
             return None
         rows = call.rows
         bound.arguments = {k: _append_rows(v, rows, batch) for k, v in bound.arguments.items()}
@@ -172,7 +178,7 @@ class Streams:
     @torch.compiler.disable
     def _end(self, unet: nn.Module, args: tuple, output: Any) -> Any:
         call = self._call
-        if call is None or self.mode != "joint" or not self.two_streams:
+        if call is None or not call.doubled:
             return None
         if isinstance(output, tuple):
             return (output[0][: call.batch], *output[1:])
@@ -182,9 +188,9 @@ class Streams:
     def _select(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Let attention compute only rows that need it."""
         call = self._call
-        if call is None or self.mode == "record":
+        if call is None or call.mode == "record":
             return None
-        if self.mode == "replay":  # nothing needs it; one row keeps the stock forward in its shapes
+        if call.mode == "replay":  # nothing needs it; one row keeps the stock forward in its shapes
             return tuple(_detached_first(a) for a in args), {k: _detached_first(v) for k, v in kwargs.items()}
         if call.keep is None:
             return None
@@ -197,15 +203,15 @@ class Streams:
         if call is None:
             return None
         residual = call.residuals.get(path)
-        if self.mode == "replay":
+        if call.mode == "replay":
             output, maps = self.recorded[path]
-        elif residual is None and self.mode == "joint":
+        elif residual is None and call.mode == "joint":
             return output if call.origin is None else output[call.origin]
         else:
             hidden = args[0] if args else kwargs["hidden_states"]
             text = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
             maps = _maps(layer, hidden[call.source], text[call.source])
-            if self.mode == "record":
+            if call.mode == "record":
                 self.recorded[path] = (output, maps)
                 return None
             if call.origin is not None:
@@ -230,14 +236,14 @@ class Streams:
         chunks = [torch.equal(c, plan.states.to(c)) for c in states.split(n)]
         if not any(chunks):
             return None
-        if len(chunks) > 2:
+        if len(chunks) > (1 if plan.guidance is False else 2):
             raise InfusionError(
                 f"The UNet was called with {batch} rows for {n} pictures; concepts know guidance on (2 rows a picture) and off (1 row), so switch off perturbed-attention or other added guidance."
             )
         if not chunks[-1]:
             return None
-        offset = batch - n
-        return self._make_call(plan, offset, batch, states)
+        self.met = plan
+        return self._make_call(plan, batch - n, batch, states)
 
     def _make_call(self, plan: Plan, offset: int, batch: int, states: Tensor) -> _Call:
         device = states.device
@@ -252,13 +258,15 @@ class Streams:
             words=words.to(device),
             residuals=self._entry_residuals([m.name for _, m in entries], states),
             batch=batch,
+            mode=self.mode,
+            doubled=self.mode == "joint" and self.two_streams,
         )
         call.source = call.rows
-        if self.mode == "joint" and self.two_streams:
-            customized = set(call.rows.tolist())
+        if call.doubled:
+            customized = [i + offset for i in rows]
             plain = [r for r in range(batch) if r not in customized]
             place = {r: i for i, r in enumerate([*plain, *range(batch, batch + len(rows))])}
-            foundation = {r: place[batch + c] for c, r in enumerate(call.rows.tolist())}
+            foundation = {r: place[batch + c] for c, r in enumerate(customized)}
             call.keep = torch.tensor(list(place), device=device)
             call.origin = torch.tensor(
                 [foundation.get(r, place.get(r, 0)) for r in range(batch + len(rows))], device=device
