@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import types
+
 import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    DDIMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPAGPipeline,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
 )
 
 import infusion
+from infusion.concept import BaseInfo
 from infusion.errors import InfusionError
+from infusion.naive import naive_prediction
+from infusion.pipelines import _stock_register
+from infusion.prompts import parse
+from infusion.streams import Plan
 from tests.conftest import latents, random_concept, tiny_unet
 
 PROMPTS = ["a dog on the beach", "a dog on the beach", "a teddy bear in the snow"]
@@ -88,14 +103,46 @@ def test_several_images_per_prompt(pipe, milo):
     assert torch.allclose(four[:2], two, atol=1e-4)
 
 
+def naive_latents(pipe, concept, prompt, **kwargs):
+    """The stock pipeline under the class word, its UNet replaced by two passes written out for the conditional rows."""
+    base, unet = copy.deepcopy(pipe.unet), pipe.unet
+    parsed = parse(prompt, {concept.name: concept.word}, pipe.tokenizer)
+
+    def forward(sample, timestep, encoder_hidden_states=None, **rest):
+        out = base(sample, timestep, encoder_hidden_states).sample
+        states = encoder_hidden_states[-1:]
+        plan = Plan((parsed.mentions,), states)
+        residuals = {concept.name: concept.residuals}
+        out[-1:] = naive_prediction(base, sample[-1:], timestep, states, plan, residuals)
+        return (out,)
+
+    unet.forward = forward
+    try:
+        return latents(pipe, parsed.text, **kwargs)
+    finally:
+        del unet.forward
+
+
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 7.5])
-@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, EulerDiscreteScheduler])
-def test_schedulers_and_guidance(pipe, milo, guidance_scale, scheduler):
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        EulerDiscreteScheduler,
+        EulerAncestralDiscreteScheduler,
+        HeunDiscreteScheduler,
+        UniPCMultistepScheduler,
+    ],
+)
+def test_schedulers_and_guidance_equal_the_method_written_out(pipe, milo, guidance_scale, scheduler):
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    before = latents(pipe, "a dog", guidance_scale=guidance_scale)
+    options = {"guidance_scale": guidance_scale, "num_inference_steps": 3}
+    naive = naive_latents(pipe, milo, "a <milo> in the snow", **options)
     with infusion.attach(pipe, milo):
-        after = latents(pipe, "a <milo>", guidance_scale=guidance_scale)
-    assert (after - before).abs().max() > 1e-3
+        ours = latents(pipe, "a <milo> in the snow", **options)
+    assert (ours - latents(pipe, "a dog in the snow", **options)).abs().max() > 1e-3
+    assert (ours - naive).abs().max() < 1e-4 * naive.abs().max()
 
 
 def test_guidance_switched_off_in_a_callback(pipe, milo):
@@ -134,7 +181,8 @@ def test_siblings_made_before_and_inside(pipe, milo):
     assert torch.equal(*drawn)
     assert (drawn[0] - base).abs().max() > 1e-3
     for p in (earlier, later, pipe):
-        assert "encode_prompt" not in vars(p)
+        assert not vars(p).keys() & {"encode_prompt", "maybe_free_model_hooks"}
+    assert DiffusionPipeline.register_modules is _stock_register
 
 
 def test_controlnet_and_inpainting(pipe, milo):
@@ -169,6 +217,94 @@ def test_guidance_with_more_rows_is_refused(pipe, milo):
     pag.set_progress_bar_config(disable=True)
     with infusion.attach(pag, milo), pytest.raises(InfusionError, match="switch off perturbed-attention"):
         pag("a <milo>", num_inference_steps=1, output_type="latent", pag_scale=2.0)
+
+
+def test_two_rows_a_picture_without_guidance_are_refused(pipe, milo):
+    """Perturbed attention alone brings the conditional rows twice; the first would pass for the unconditional one."""
+    pag = StableDiffusionPAGPipeline.from_pipe(pipe, torch_dtype=torch.float32, pag_applied_layers=["mid"])
+    pag.set_progress_bar_config(disable=True)
+    with infusion.attach(pag, milo), pytest.raises(InfusionError, match="2 rows for 1 pictures"):
+        pag("a <milo>", num_inference_steps=1, output_type="latent", pag_scale=2.0, guidance_scale=0.0)
+
+
+@pytest.mark.parametrize("sibling", [True, False])
+def test_a_call_inside_a_call_has_a_plan_of_its_own(pipe, milo, rex, sibling):
+    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False) if sibling else pipe
+    other.set_progress_bar_config(disable=True)
+    schedulers = [copy.deepcopy(pipe.scheduler) for _ in range(2)]
+    inner = []
+
+    def draw_another(outer, step, timestep, kwargs):
+        other.scheduler = schedulers[1]
+        inner.append(latents(other, "a <rex> here" if step == 0 else "a dog here"))
+        outer.scheduler = schedulers[0]
+        return kwargs
+
+    with infusion.attach(pipe, milo, rex):
+        pipe.scheduler = schedulers[0]
+        if sibling:
+            expected = latents(pipe, "a <milo> here", num_inference_steps=3)
+            drawn = latents(pipe, "a <milo> here", num_inference_steps=3, callback_on_step_end=draw_another)
+            assert torch.equal(drawn, expected)
+        else:  # one pipeline's own fields are the inner call's after it; the concept must be there all the same
+            latents(pipe, "a <milo> here", num_inference_steps=2, callback_on_step_end=draw_another)
+        other.scheduler = schedulers[1]
+        assert torch.equal(inner[0], latents(other, "a <rex> here"))
+        assert torch.equal(inner[1], latents(other, "a dog here"))
+
+
+def test_a_call_of_the_unet_after_the_pipelines_is_the_bases(pipe, milo):
+    states = pipe.encode_prompt("a dog here", "cpu", 1, False)[0]
+    sample = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        base = pipe.unet(sample, 5, states).sample
+        with infusion.attach(pipe, milo):
+            latents(pipe, "a <milo> here")
+            assert torch.equal(pipe.unet(sample, 5, states).sample, base)
+
+
+def test_a_concept_that_no_call_carried_is_an_error(pipe, milo):
+    with infusion.attach(pipe, milo):
+        stock = pipe.encode_prompt
+        pipe.encode_prompt = lambda *args, **kwargs: tuple(
+            None if states is None else states + 1 for states in stock(*args, **kwargs)
+        )
+        with pytest.raises(InfusionError, match="<milo> was in the prompt, but no UNet call"):
+            latents(pipe, "a <milo>")
+        latents(pipe, "a dog")
+        pipe.encode_prompt = stock
+
+
+def test_embeddings_by_the_pipelines_own_method_and_of_what_is_detached(pipe, milo, rex):
+    with infusion.attach(pipe, milo):
+        expected = latents(pipe, "a <milo> here")
+        states, negative = pipe.encode_prompt("a <milo> here", "cpu", 1, True)
+        given = {"prompt_embeds": states, "negative_prompt_embeds": negative}
+        assert torch.equal(latents(pipe, None, **given), expected)
+        with infusion.attach(pipe, rex):
+            states = infusion.encode(pipe, "a <rex> here")
+        with pytest.raises(InfusionError, match="<rex>, which is detached"):
+            latents(pipe, None, **states)
+
+
+def test_another_family_of_the_same_shapes_is_refused(pipe, milo, monkeypatch):
+    elsewhere = dataclasses.replace(milo, base=BaseInfo("stable-diffusion-v1", 512))
+    with infusion.attach(pipe, elsewhere):  # a base of no known family
+        pass
+    here = BaseInfo("stable-diffusion-v2", 768)
+    monkeypatch.setattr("infusion.pipelines.base_info", lambda pipe: here)
+    with pytest.raises(InfusionError, match="learned on stable-diffusion-v1, this base is stable-diffusion-v2"):
+        infusion.attach(pipe, elsewhere)
+    with infusion.attach(pipe, dataclasses.replace(milo, base=here)):
+        pass
+
+
+def test_values_are_used_as_they_are(pipe, milo):
+    drawn = []
+    for concept in (milo, milo.on_grid()):
+        with infusion.attach(pipe, concept):
+            drawn.append(latents(pipe, "a <milo>"))
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-4
 
 
 def test_nested_and_repeated_attachments(pipe, milo, rex):
@@ -217,5 +353,8 @@ def test_refusals(pipe, milo):
     other = random_concept(tiny_unet(block_out_channels=(8, 32)))
     with pytest.raises(InfusionError, match="another architecture"):
         infusion.attach(pipe, other)
+    modular = types.SimpleNamespace(unet=pipe.unet)
+    with pytest.raises(InfusionError, match="not yet modular ones"):
+        infusion.attach(modular, milo)
     with infusion.attach(pipe, milo), pytest.raises(InfusionError, match="negative prompt"):
         latents(pipe, "a cat", negative_prompt="a <milo>")

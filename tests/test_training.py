@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +14,11 @@ from PIL import Image
 
 import infusion
 from infusion.diagnosis import validation_loss
-from infusion.errors import InfusionError
+from infusion.errors import InfusionError, InfusionWarning
 from infusion.lesson import TEMPLATES, attention_masks, prepare_lesson
 from infusion.photos import Photo, load_photos
+from infusion.pipelines import base_info
+from infusion.streams import cross_attention_layers
 from infusion.training import LearnConfig, learning, masked_loss
 from tests.conftest import latents
 
@@ -40,6 +45,62 @@ def test_the_same_seed_gives_the_same_bytes(pipe, photos, tmp_path):
     paths = [infusion.learn(pipe, photos, "dog", "milo", config).save(tmp_path / f"{i}.safetensors") for i in range(2)]
     other = infusion.learn(pipe, photos, "dog", "milo", LearnConfig(steps=3, batch=2, seed=1)).save(tmp_path / "other")
     assert paths[0].read_bytes() == paths[1].read_bytes() != other.read_bytes()
+
+
+def test_what_a_file_tells_of_its_training(pipe, photos, tmp_path):
+    folder = tmp_path / "secretname"
+    folder.mkdir()
+    photos[0].save(folder / "private.png")
+    config = LearnConfig(steps=2, batch=2, layers=("mid", "up_blocks.0"))
+    learned = infusion.learn(pipe, folder, "dog", "milo", config)
+    assert learned.settings == {
+        "steps": 2, "batch": 2, "learning_rate": 0.02, "flip": True, "masked": True, "two_streams": True, "seed": 0,
+        "layers": "mid up_blocks.0",
+    }  # fmt: skip
+    content = learned.to_bytes()
+    assert not any(word in content for word in (b"secret", b"private", str(tmp_path).encode(), b"photo"))
+    lesson = prepare_lesson(pipe, load_photos(photos), "dog", "milo", flip=False, masked=False)
+    told = infusion.learn(pipe, lesson, "dog", "milo", LearnConfig(steps=1, batch=2)).settings
+    assert (told["flip"], told["masked"]) == (False, False)
+    for word, name in (("cat", "milo"), ("dog", "rex")):
+        with pytest.raises(InfusionError, match="The lesson is of <milo>, a 'dog'"):
+            infusion.learn(pipe, lesson, word, name)
+
+
+def test_gradient_checkpointing_learns_the_same(pipe, photos):
+    config = LearnConfig(steps=2, batch=2, scheme="fp32")
+    plain = infusion.learn(pipe, photos, "dog", "milo", config)
+    pipe.unet.enable_gradient_checkpointing()
+    assert infusion.learn(pipe, photos, "dog", "milo", config).to_bytes("fp32") == plain.to_bytes("fp32")
+
+
+def test_the_weights_hash_knows_its_base(pipe, photos):
+    learned = infusion.learn(pipe, photos, "dog", "milo", LearnConfig(steps=1, batch=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InfusionWarning)
+        with infusion.attach(pipe, learned):
+            pass
+        assert base_info(pipe.to(torch.float16)) == learned.base
+        with infusion.attach(pipe, learned):
+            pass
+    pipe.to(torch.float32)
+    layer = next(iter(cross_attention_layers(pipe.unet).values()))
+    with torch.no_grad():
+        layer.to_v.weight[0, 0] += 0.1
+    assert base_info(pipe).weights != learned.base.weights
+    with pytest.warns(InfusionWarning, match="other weights"), infusion.attach(pipe, learned):
+        pass
+
+
+def test_many_photos_are_masked_a_few_at_a_time(pipe, photos):
+    lesson = prepare_lesson(pipe, load_photos(photos), "dog", "milo", masked=False)
+    one = [
+        dataclasses.replace(lesson, latents=z[None], masks=m[None])
+        for z, m in zip(lesson.latents, lesson.masks, strict=True)
+    ]
+    together, apart = (attention_masks(lesson, pipe.unet, batch=b) for b in (16, 1))
+    assert together.shape == lesson.masks.shape
+    assert torch.equal(apart, torch.cat([attention_masks(x, pipe.unet) for x in one]))
 
 
 def test_a_scheme_changes_the_grid_and_not_the_learning(pipe, photos):

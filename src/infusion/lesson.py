@@ -77,6 +77,16 @@ class Lesson:
     texts: Texts
     noise: DDPMScheduler
 
+    @property
+    def flipped(self) -> bool:
+        """Whether mirror images are learned from too."""
+        return len(self.latents) > len(self.pictures)
+
+    @property
+    def masked(self) -> bool:
+        """Whether anything is left out of the loss."""
+        return bool((self.masks < 1).any())
+
     def outside(self) -> Tensor | None:
         """Where no photo shows its subject, (g, g) bool on the CPU; None where that is less than 15 % of the picture."""
         found = (self.masks.amax(0) < 0.3).cpu()
@@ -147,12 +157,12 @@ def _masks(lesson: Lesson, unet: nn.Module, photos: Sequence[Photo]) -> Tensor:
     masks = lesson.masks[:n].clone()
     if any(p.mask is None for p in photos):
         found = attention_masks(lesson, unet)
-        masks = (found[:n] + found[n:].flip(-1)) / 2 if len(found) > n else found
+        masks = (found[:n] + found[n:].flip(-1)) / 2 if lesson.flipped else found
         masks = masks / masks.amax(dim=(1, 2), keepdim=True).clamp_min(1e-6)
     for i, photo in enumerate(photos):
         if photo.mask is not None:
             masks[i] = mask_to_tensor(photo.mask, side)
-    return torch.cat([masks, masks.flip(-1)]) if len(lesson.latents) > n else masks
+    return torch.cat([masks, masks.flip(-1)]) if lesson.flipped else masks
 
 
 def encode_texts(pipe: DiffusionPipeline, prompts: Sequence[str], words: dict[str, str], name: str) -> Texts:
@@ -198,15 +208,21 @@ def encode_pictures(pipe: DiffusionPipeline, pictures: Sequence[Image.Image], ba
 
 @torch.no_grad()
 def attention_masks(
-    lesson: Lesson, unet: nn.Module, timesteps: Sequence[int] = (300, 450, 600), seed: int = 0
+    lesson: Lesson, unet: nn.Module, timesteps: Sequence[int] = (300, 450, 600), seed: int = 0, batch: int = 16
 ) -> Tensor:
     """Soft masks of the subject, found by the base's own attention to the class word: (n, g, g), largest value 1.
 
-    Averaged over timesteps, captions, heads and the layers of 8x8 to 32x32, which show objects best.
+    Averaged over timesteps, captions, heads and the layers of 8x8 to 32x32, which show objects best; `batch` pictures at a time,
+    whose maps are all kept meanwhile.
     """
-    total = torch.zeros_like(lesson.masks)
-    for recorded, plan in foundational_passes(lesson, unet, timesteps, seed):
-        total += word_maps(recorded, plan, total.shape[-1])
+
+    def heat(latents: Tensor, masks: Tensor) -> Tensor:
+        some = replace(lesson, latents=latents, masks=masks)
+        passes = foundational_passes(some, unet, timesteps, seed)
+        return torch.stack([word_maps(recorded, plan, masks.shape[-1]) for recorded, plan in passes]).sum(0)
+
+    parts = zip(lesson.latents.split(batch), lesson.masks.split(batch), strict=True)
+    total = torch.cat([heat(*part) for part in parts])
     return total / total.amax(dim=(1, 2), keepdim=True).clamp_min(1e-6)
 
 

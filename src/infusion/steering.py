@@ -191,13 +191,10 @@ class _Watch:
             "position": -torch.cdist(self._places(positioned), self.places).amin(1),
         }
 
-    def _places(self, latents: Tensor, batch: int = 8) -> Tensor:
+    def _places(self, latents: Tensor) -> Tensor:
         """Where the subject stands in each picture, by the untouched base's attention: (n, 2), shares of height and width."""
-        unet = require_unet(self.pipe)
-        parts = [
-            replace(self.lesson, latents=part, masks=torch.zeros_like(part[:, 0])) for part in latents.split(batch)
-        ]
-        return torch.cat([centroids(attention_masks(part, unet)) for part in parts]).cpu().double()
+        drawn = replace(self.lesson, latents=latents, masks=torch.zeros_like(latents[:, 0]))
+        return centroids(attention_masks(drawn, require_unet(self.pipe))).cpu().double()
 
     def _spread(self, latents: Tensor) -> Tensor:
         return spread(latents.cpu().double().flatten(1).unflatten(0, (-1, self.config.seeds))).mean()

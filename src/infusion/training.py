@@ -96,6 +96,10 @@ def learning(
         for path, length in value_lengths(unet).items()
         if not config.layers or any(part in path for part in config.layers)
     }
+    if (lesson.word, lesson.name) != (word, name):
+        raise InfusionError(
+            f"The lesson is of <{lesson.name}>, a {lesson.word!r}; prepare one of <{name}>, a {word!r}, or learn by its own names."
+        )
     if not residuals:
         raise InfusionError(
             f"No cross-attention layer matches {', '.join(config.layers)}; give parts of module paths such as 'up_blocks'."
@@ -124,7 +128,7 @@ def learning(
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            settings = {**_plain(config), "steps": step}
+            settings = {**_plain(config), "steps": step, "flip": lesson.flipped, "masked": lesson.masked}
             learned = Concept(name, word, {k: v.detach() for k, v in residuals.items()}, settings, base)
             yield LearnState(step, config.steps, float(loss.detach()), learned.on_grid(config.scheme))
     finally:
@@ -166,4 +170,5 @@ def masked_loss(prediction: Tensor, draw: Draw) -> Tensor:
 
 def _plain(config: LearnConfig) -> dict[str, int | float | str | bool]:
     """What a file keeps of the settings; it names its scheme itself."""
-    return {k: v for k, v in asdict(config).items() if isinstance(v, int | float | str) and k != "scheme"}
+    layers = {"layers": " ".join(config.layers)} if config.layers else {}
+    return {k: v for k, v in asdict(config).items() if isinstance(v, int | float) and k != "scheme"} | layers
