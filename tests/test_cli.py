@@ -15,7 +15,7 @@ from PIL import Image
 
 from infusion.base import load_base
 from infusion.cli import main
-from infusion.concept import Concept
+from infusion.concept import Concept, summary
 from infusion.demo import MILO, draw_photos
 from tests.conftest import random_concept
 
@@ -73,6 +73,18 @@ def test_train_then_generate(run, photos, tmp_path):
     assert code == 0, said
     assert "milo" in said
     assert f"{concept.stat().st_size:,}" in said
+    code, said = run("inspect", concept, "--json")
+    assert code == 0, said
+    told = json.loads(said)
+    assert told == json.loads(json.dumps(summary(loaded, concept.stat().st_size)))
+    assert (told["name"], told["bytes"], told["values"]) == ("milo", concept.stat().st_size, 1344)
+
+
+@pytest.mark.parametrize("name", ["milo[final].safetensors", "a[/b].safetensors"])
+def test_brackets_in_a_path_are_no_markup(run, tmp_path, name):
+    code, said = run("inspect", tmp_path / name)
+    assert code == 2
+    assert name in said
 
 
 @pytest.mark.parametrize(

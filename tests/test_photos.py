@@ -34,6 +34,13 @@ def test_masks_from_files_and_alpha(tmp_path):
     assert mask_to_tensor(a.mask, 4).shape == (4, 4)
 
 
+def test_masks_are_found_whatever_the_case_of_their_names(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "A.JPG")
+    Image.new("L", (8, 8), 200).save(tmp_path / "a-Mask.PNG")
+    (photo,) = load_photos(tmp_path)
+    assert photo.mask.getpixel((3, 3)) == 200
+
+
 def test_orientation_is_followed(tmp_path):
     image = Image.new("RGB", (20, 10))
     exif = image.getexif()

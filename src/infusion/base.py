@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
 from infusion.errors import InfusionError
@@ -70,10 +71,10 @@ def _load_other(base: str, dtype: torch.dtype) -> DiffusionPipeline:
             raise InfusionError(
                 f"{base!r} holds no diffusers pipeline (no model_index.json); give its top folder, or a .safetensors checkpoint."
             )
-        return DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, safety_checker=None)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, InfusionError):
-            raise
+        return DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, safety_checker=None, use_safetensors=True)
+    except InfusionError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InfusionError(
             f"The base {base!r} cannot be loaded ({reason}); give a hub id, a diffusers folder, a .safetensors checkpoint, or 'embedded'."
@@ -87,7 +88,7 @@ def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a dict
-            hints = " ".join((file.metadata() or {}).values())
+            metadata = file.metadata() or {}
     except SafetensorError as error:
         raise InfusionError(f"{str(path)!r} is damaged or no safetensors file ({error}); get a fresh copy.") from None
     family = family_of(shapes)
@@ -97,10 +98,19 @@ def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
             "other bases are given as a diffusers folder or a hub id."
         )
     components = dict(FAMILIES[family])
-    if family == "stable-diffusion-v2" and "512" in hints:  # 2.x of 512 pixels predicts noise, of 768 velocity
+    if family == "stable-diffusion-v2" and _predicts_noise(path, metadata):
         components["scheduler"] = {**components["scheduler"], "prediction_type": "epsilon"}
         components["unet"] = {**components["unet"], "sample_size": 64}
     return from_checkpoint(path, components, dtype)
+
+
+def _predicts_noise(path: Path, metadata: dict[str, str]) -> bool:
+    """Whether a 2.x checkpoint is one of 512 pixels, which predict noise; those of 768 predict velocity and have the same weights' shapes.
+    Told by its modelspec, else by its name, as in v2-1_512-ema-pruned.safetensors."""
+    predicts, pixels = (metadata.get(f"modelspec.{key}", "").lower() for key in ("prediction_type", "resolution"))
+    if predicts:
+        return predicts.startswith("eps")
+    return pixels.startswith("512") if pixels else "512" in path.stem
 
 
 def from_checkpoint(path: Path, components: dict[str, Config], dtype: torch.dtype) -> DiffusionPipeline:

@@ -46,7 +46,7 @@ def demo(
         from infusion.demo import run
 
         report = run(out, told)
-    say.print(f"Done. Open [bold]{report}[/bold]; the concept is {out / 'milo.safetensors'}.")
+    say.print(f"Done. Open {report}; the concept is {out / 'milo.safetensors'}.")
 
 
 @app.command()
@@ -249,7 +249,7 @@ def evaluate(
         report = write_report(evaluation, out, base, adapter.name, read_checkups(adapter))
     for sentence in evaluation.verdict:
         say.print(sentence)
-    say.print(f"The figures are in [bold]{report}[/bold] and {out / 'figures.json'}.")
+    say.print(f"The figures are in {report} and {out / 'figures.json'}.")
 
 
 @app.command()
@@ -280,7 +280,7 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False) or 0)  # a command's typer.Exit comes back as its code
     except InfusionError as error:
-        say.print(f"[red]Error:[/red] {error}", markup=True, soft_wrap=True)
+        say.print("Error:", error, style="red", soft_wrap=True)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         say.print("Stopped.")

@@ -11,7 +11,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
-say = Console(stderr=True, highlight=False)
+say = Console(stderr=True, highlight=False, markup=False)  # paths and names may hold brackets
 
 
 @contextlib.contextmanager
@@ -25,16 +25,16 @@ def progress(first: str) -> Iterator[Any]:
 
     warnings.filterwarnings("ignore")
     warnings.simplefilter("default", InfusionWarning)
-    warnings.showwarning = lambda message, *_: say.print(f"[yellow]Warning:[/yellow] {message}", soft_wrap=True)
+    warnings.showwarning = lambda message, *_: say.print("Warning:", message, style="yellow", soft_wrap=True)
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=say, transient=False) as bar:
         tasks = {first: bar.add_task(first, total=1, note="")}

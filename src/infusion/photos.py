@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,17 +39,20 @@ def load_photos(source: str | Path | Sequence[Image.Image | Photo]) -> list[Phot
     folder = Path(source)
     if not folder.is_dir():
         raise InfusionError(f"There is no folder {str(folder)!r}; give a folder with 3 to 6 pictures of one subject.")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.stem.endswith(MASK_SUFFIX))
+    files = sorted(
+        p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.stem.lower().endswith(MASK_SUFFIX)
+    )
     if not files:
         raise InfusionError(
             f"There is no picture in {str(folder)!r}; put 3 to 6 pictures ({', '.join(SUFFIXES)}) of one subject there."
         )
-    return [_load(path) for path in files]
+    beside = {p.name.lower(): p for p in sorted(folder.iterdir(), reverse=True)}  # cameras write .JPG, editors .png
+    return [_load(path, beside) for path in files]
 
 
-def _load(path: Path) -> Photo:
+def _load(path: Path, beside: Mapping[str, Path]) -> Photo:
     photo = _with_alpha(_open(path))
-    masks = [m for s in SUFFIXES if (m := path.with_name(path.stem + MASK_SUFFIX + s)).exists()]
+    masks = [beside[m] for s in SUFFIXES if (m := (path.stem + MASK_SUFFIX + s).lower()) in beside]
     return Photo(photo.image, _open(masks[0]).convert("L")) if masks else photo
 
 

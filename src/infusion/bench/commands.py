@@ -51,7 +51,7 @@ def run(
         for done, (job, result) in enumerate(run_jobs(todo, out, workers, engine, command), 1):
             if isinstance(result, Exception):
                 failed += 1
-                say.print(f"[red]{job.name} failed:[/red] {type(result).__name__}: {result}", soft_wrap=True)
+                say.print(f"{job.name} failed: {type(result).__name__}: {result}", style="red", soft_wrap=True)
             told("Jobs", done, len(left), job.name)
     say.print(
         f"{len(left) - failed} jobs run, {len(todo) - len(left)} were there, {failed} failed. Records are in {out}."
@@ -78,7 +78,7 @@ def report(
 
         told = _text(reading) if reading else ""
         path = write_benchmark(read_records(records), docs, page, told, pictures)
-    say.print(f"Done: [bold]{path}[/bold].")
+    say.print(f"Done: {path}.")
 
 
 def _text(path: Path) -> str:
