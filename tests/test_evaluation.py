@@ -110,3 +110,11 @@ def test_settings_that_make_no_sense_are_refused():
         EvaluateConfig(others=("a cat", "a cat"))
     with pytest.raises(InfusionError, match="does not name the subject"):
         EvaluateConfig(prompts=("a dog", "a {}"))
+
+
+def test_prompts_of_the_subjects_own_class_tell_nothing_of_forgetting():
+    prompts = ("a photo of a cat on the beach", "two cars in the snow", "a house", "a catfish")
+    assert unrelated(prompts, "Cat") == ["two cars in the snow", "a house", "a catfish"]
+    assert unrelated(prompts, "kitten") == ["two cars in the snow", "a house", "a catfish"]  # a synonym of the world's
+    assert unrelated(prompts, "car") == ["a photo of a cat on the beach", "a house", "a catfish"]
+    assert unrelated(prompts, "violin") == list(prompts)

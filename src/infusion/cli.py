@@ -236,6 +236,7 @@ def evaluate(
         from infusion.features import load_features
         from infusion.photos import load_photos
         from infusion.steering import read_checkups
+        from infusion.world.judge import shipped_judge
 
         config = EvaluateConfig(seeds=seeds)
         pictures = load_photos(photos)
@@ -244,7 +245,7 @@ def evaluate(
         _writable(out / "report.html")
         _known_word(base, word)
         pipe = load_base(base, device, dtype)
-        judge = _judge() if base == "embedded" else None
+        judge = shipped_judge() if base == "embedded" else None
         evaluation = measure(pipe, loaded, pictures, word, config, told, spaces, judge)
         report = write_report(evaluation, out, base, adapter.name, read_checkups(adapter))
     for sentence in evaluation.verdict:
@@ -293,15 +294,6 @@ def main() -> None:
         sys.exit(getattr(error, "exit_code", 2))
 
 
-def _judge() -> Any:
-    """The shipped judge, or None where its weights are missing."""
-    from infusion.world.judge import load_judge
-
-    with contextlib.suppress(FileNotFoundError):
-        return load_judge()
-    return None
-
-
 def _writable(path: Path) -> None:
     """Raises InfusionError before any work if nothing can be written there."""
     import tempfile
@@ -326,9 +318,9 @@ def _known_word(base: str, word: str) -> None:
         return
     import difflib
 
-    from infusion.world.vocabulary import CLASS_WORDS
+    from infusion.world.tokenizer import class_words
 
-    known = [w for words in CLASS_WORDS.values() for w in words]
+    known = list(class_words())
     if word.lower() not in known:
         near = difflib.get_close_matches(word.lower(), known, n=3, cutoff=0.4) or known
         raise InfusionError(

@@ -29,7 +29,7 @@ from infusion.photos import load_photos
 from infusion.pipelines import attach
 from infusion.report.page import Grid, Page, Row, write_page
 from infusion.training import LearnConfig, LearnState, learning
-from infusion.world.judge import load_judge
+from infusion.world.judge import shipped_judge
 from infusion.world.questions import in_words
 from infusion.world.scenes import few_modalities, render
 from infusion.world.subjects import Subject
@@ -236,9 +236,8 @@ def _page(result: Compared, config: LearnConfig, seconds: float) -> Page:
 
 def _captions() -> Callable[[Sequence[Picture]], list[str]]:
     """What the judge reads from pictures; nothing where its weights are missing."""
-    try:
-        judge = load_judge()
-    except FileNotFoundError:
+    judge = shipped_judge()
+    if judge is None:
         return lambda pictures: []
     return lambda pictures: [in_words(r) for r in judge.read(stacked([p.image for p in pictures]))]
 

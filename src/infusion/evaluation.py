@@ -10,6 +10,7 @@ embedded base; what is left out is named.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from infusion.judged import JudgedFigures, judged_figures
 from infusion.lesson import Lesson, encode_pictures, prepare_lesson
 from infusion.methods.interface import Adapter, rebuilt
 from infusion.metrics.estimate import Estimate, bootstrap, paired
-from infusion.metrics.fisher import FisherDivergence, latent_fisher_divergence
+from infusion.metrics.fisher import FisherDivergence, divergence, predicted_noise
 from infusion.metrics.moments import Moments
 from infusion.metrics.similarity import cosines, nearest, spread
 from infusion.metrics.wasserstein import GaussianW2, empirical_w2, gaussian_w2, principal
@@ -34,6 +35,7 @@ from infusion.photos import Photo
 from infusion.report.curve import line_chart
 from infusion.report.page import Grid, Page, Row, write_page
 from infusion.world.judge import Judge
+from infusion.world.tokenizer import class_words
 
 PROMPTS = (
     "a photo of {} on the beach",
@@ -159,7 +161,7 @@ def evaluate(
         ours = drawn("Drawing with the adapter", custom, [t.format(adapter.subject) for t in texts], seeds)
     base = drawn("Drawing with the base", pipe, [t.format(f"a {word}") for t in texts], seeds)
     lesson = prepare_lesson(pipe, photos, word, "subject", flip=False)
-    others = [o for o in config.others if word not in o.split()]
+    others = unrelated(config.others, word)
     generic = f"a photo of a {word} in the city"
     other_texts = [p for p in (*others, generic) for _ in range(config.other_seeds)]
     other_seeds = [config.seed + i for i in range(len(other_texts))]
@@ -320,27 +322,24 @@ def _curves(checkups: Sequence[Mapping[str, Any]]) -> list[str]:
 def forgetting(
     pipe: DiffusionPipeline, adapter: Adapter, groups: Sequence[Mapping[str, Tensor]], seed: int
 ) -> list[FisherDivergence]:
-    """Latent Fisher divergence between base and adapter, one for each group of prompts with their latents. The base's predictions are kept first, since an adapter may change the
-    very UNet it is attached to."""
-    kept: list[Tensor] = []
-    stock = denoiser(pipe)
+    """Latent Fisher divergence between base and adapter, one for each group of prompts with their latents. The base predicts first,
+    since an adapter may change the very UNet it is attached to."""
+    kind, alphas = pipe.scheduler.config["prediction_type"], pipe.scheduler.alphas_cumprod
 
-    def record(*call: Any) -> Tensor:
-        kept.append(stock(*call))
-        return kept[-1]
+    def predicted(pipe: DiffusionPipeline) -> list[dict[str, Tensor]]:
+        return [predicted_noise(denoiser(pipe), latents, alphas, kind, seed=seed) for latents in groups]
 
-    kind = pipe.scheduler.config["prediction_type"]
-    alphas = pipe.scheduler.alphas_cumprod
-    for latents in groups:
-        latent_fisher_divergence(record, lambda *_: kept[-1], latents, alphas, (kind, kind), seed=seed)
-    replayed = iter(kept)
+    base = predicted(pipe)
     with adapter.attached(pipe) as custom:
-        return [
-            latent_fisher_divergence(
-                lambda *_: next(replayed), denoiser(custom), latents, alphas, (kind, kind), seed=seed
-            )
-            for latents in groups
-        ]
+        ours = predicted(custom)
+    return [divergence(a, b, alphas) for a, b in zip(base, ours, strict=True)]
+
+
+def unrelated(prompts: Sequence[str], word: str) -> list[str]:
+    """The prompts that do not name `word`, nor, of the world's classes, another word for the same."""
+    classes = class_words()
+    same = {w for w, kind in classes.items() if kind == classes.get(word.lower())} | {word.lower()}
+    return [p for p in prompts if not any(re.search(rf"\b{re.escape(w)}s?\b", p.lower()) for w in same)]
 
 
 def _figures(

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
 
 from infusion.errors import InfusionError
 from infusion.metrics.estimate import Estimate, bootstrap, paired
-from infusion.metrics.similarity import cosines
+from infusion.metrics.similarity import agreement, resemblance
 
 
 class Features(Protocol):
@@ -109,9 +109,9 @@ def feature_figures(
 ) -> FeatureFigures:
     """Figures of pictures (n) beside the base's (n) of the same prompts `texts` (n) and seeds."""
     ours, theirs, real = (space.pictures(part) for part in (custom, base, photos))
-    like = [cosines(x, real).mean(1) for x in (ours, theirs)]
+    like = [resemblance(x, real) for x in (ours, theirs)]
     words = space.texts(texts)
-    follows = None if words is None else [torch.cosine_similarity(x.double(), words.double()) for x in (ours, theirs)]
+    follows = None if words is None else [agreement(x, words) for x in (ours, theirs)]
     return FeatureFigures(
         bootstrap(like[0]),
         paired(like[0], like[1]),

@@ -15,9 +15,7 @@ from infusion.metrics.estimate import Estimate, bootstrap, paired
 from infusion.metrics.leaks import Leak, leak
 from infusion.world.judge import Judge, Reading
 from infusion.world.questions import asked_in, shown
-from infusion.world.truth import ATTRIBUTES
-
-SCENE = ("background", "style", "position")
+from infusion.world.truth import ATTRIBUTES, TEXT
 
 
 @dataclass(frozen=True)
@@ -47,12 +45,12 @@ def judged_figures(
     ours, theirs, real = (judge.read(stacked(part)) for part in (custom, base, photos))
     truth = photo_embedding(real)
     like = [torch.tensor([likeness(r, truth) for r in part]) for part in (ours, theirs)]
-    common = {name: _common([shown(r)[name] for r in real]) for name in (*ATTRIBUTES, *SCENE)}
+    common = {name: _common([shown(r)[name] for r in real]) for name in (*ATTRIBUTES, *TEXT)}
     right = [[_share(shown(r), {n: common[n] for n in ATTRIBUTES}) for r in part] for part in (ours, theirs)]
     asked = [asked_in(p) for p in prompts]
     follows = [[_share(shown(r), a) for r, a in zip(part, asked, strict=True)] for part in (ours, theirs)]
     leaks = {}
-    for name in SCENE:
+    for name in TEXT:
         trained = common[name]
         wanted = [a.get(name) for a in asked]
         if trained and any(w not in (None, trained) for w in wanted):

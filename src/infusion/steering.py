@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from infusion.errors import InfusionError
-from infusion.evaluation import OTHERS, PROMPTS, forgetting
+from infusion.evaluation import OTHERS, PROMPTS, forgetting, unrelated
 from infusion.generation import generate
 from infusion.lesson import Lesson, attention_masks, encode_pictures
 from infusion.methods.interface import Adapter, MethodState, rebuilt
@@ -156,8 +156,9 @@ class _Watch:
         self.centre = base[0].mean(0, keepdim=True).cpu().double()
         self.base = self._likeness(*base)
         self.spread = float(self._spread(base[0]))
-        others = [o for o in OTHERS if lesson.word not in o.split()]
-        pictures = generate(self.pipe, others * 2, [config.seed + i for i in range(2 * len(others))], config.steps)
+        others = unrelated(OTHERS, lesson.word)
+        seeds = [config.seed + i for i in range(2 * len(others))]
+        pictures = generate(self.pipe, others * 2, seeds, config.steps, config.guidance_scale)
         latents = encode_pictures(pipe, [p.image for p in pictures])
         self.others = {o: latents[i :: len(others)] for i, o in enumerate(others)}
 

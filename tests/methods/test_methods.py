@@ -19,7 +19,7 @@ from infusion.lesson import prepare_lesson
 from infusion.methods import METHODS
 from infusion.methods.custom_diffusion import CustomDiffusionConfig, custom_diffusion
 from infusion.methods.dreambooth import DreamBoothConfig, dreambooth, prior_lesson
-from infusion.methods.infusion import InfusionConfig, infusion
+from infusion.methods.infusion import infusion
 from infusion.methods.interface import stored_bytes
 from infusion.methods.key_value import KeyValueAdapter, KeyValueConfig, added, key_value
 from infusion.methods.lora import LoraConfig, dreambooth_lora
@@ -100,7 +100,7 @@ def test_a_look_at_a_tuned_copy_leaves_it_training(pipe, lesson):
 def test_a_strength_is_for_drawing_alone(pipe, lesson):
     drawn = []
     for strength in (1.0, 0.5, 0.0):
-        *_, last = infusion(pipe, lesson, InfusionConfig(3, 2, 0.5, strength=strength))
+        *_, last = infusion(pipe, lesson, LearnConfig(3, 2, 0.5), strength)
         with last.adapter.attached(pipe):
             drawn.append(latents(pipe, f"a photo of {last.adapter.subject}"))
         settings = last.adapter.concept.settings

@@ -13,12 +13,11 @@ import torch
 
 from infusion.metrics import leaks
 from infusion.metrics.estimate import Estimate, mean
-from infusion.world.truth import ATTRIBUTES, SCENE_HEADS
+from infusion.world.truth import ATTRIBUTES, SCENE_HEADS, TEXT
 
 Record = Mapping[str, Any]
 Figures = dict[str, float | None]
 BySubject = dict[Hashable, dict[Hashable, Figures]]  # subject -> job -> figures
-TEXT = ("background", "style", "position")
 
 
 def wanted(request: Mapping[str, Any]) -> dict[str, str | None]:

@@ -66,9 +66,11 @@ class Grid(BaseModel):
                 continue
             if name not in METHODS:
                 raise ValueError(f"{name!r} is no method; use one of {', '.join((*REFERENCES, *METHODS))}")
-            if "prior" in settings and "prior" not in inspect.signature(METHODS[name][0]).parameters:
+            learn, config = METHODS[name]
+            taken = inspect.signature(learn).parameters.keys()
+            if "prior" in settings and "prior" not in taken:
                 raise ValueError(f"{label} preserves no prior; take prior out")
-            known = {f.name for f in fields(METHODS[name][1])} - {"steps", "batch", "seed"}
+            known = {f.name for f in fields(config)} - {"steps", "batch", "seed"} | (taken & {"strength"})
             if bad := settings.keys() - known - {*_OURS}:
                 raise ValueError(f"{label} has no setting {sorted(bad)[0]!r}; use one of {', '.join(sorted(known))}")
         return methods

@@ -9,7 +9,7 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -113,8 +113,10 @@ def states(job: Job, pipe: DiffusionPipeline, lesson: Lesson, chosen: Case) -> I
         yield MethodState(0, 0, 0.0, Words(chosen.described()))
     else:
         learn, config = METHODS[job.method]
-        settings = config(**job.settings, steps=job.points[-1], batch=job.batch, seed=job.seed)
-        extra: dict[str, Any] = {}
+        own = {f.name for f in fields(config)}
+        extra: dict[str, Any] = {k: v for k, v in job.settings.items() if k not in own}  # as Infusion's strength
+        chosen_settings = {k: v for k, v in job.settings.items() if k in own}
+        settings = config(**chosen_settings, steps=job.points[-1], batch=job.batch, seed=job.seed)
         if job.prior:
             extra["prior"] = prior_lesson(pipe, lesson, job.prior, job.denoising_steps)
         if job.method == "perfusion":

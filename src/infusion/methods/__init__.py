@@ -1,21 +1,22 @@
 """Infusion and the methods that it is compared with, one file each, behind the interface of `interface.py`.
 
 METHODS names them, each with its configuration's class: a method takes (pipe, lesson, config); those that preserve a prior
-also `prior`, Perfusion a `corpus` of captions.
+also `prior`, Perfusion a `corpus` of captions, Infusion the `strength` to draw with.
 """
 
 from __future__ import annotations
 
 from infusion.methods.custom_diffusion import CustomDiffusionConfig, custom_diffusion
 from infusion.methods.dreambooth import DreamBoothConfig, dreambooth
-from infusion.methods.infusion import InfusionConfig, infusion
+from infusion.methods.infusion import infusion
 from infusion.methods.key_value import KeyValueConfig, key_value
 from infusion.methods.lora import LoraConfig, dreambooth_lora
 from infusion.methods.perfusion import PerfusionConfig, perfusion
 from infusion.methods.textual_inversion import TextualInversionConfig, textual_inversion
+from infusion.training import LearnConfig
 
 METHODS = {
-    "infusion": (infusion, InfusionConfig),
+    "infusion": (infusion, LearnConfig),
     "key-value": (key_value, KeyValueConfig),
     "textual-inversion": (textual_inversion, TextualInversionConfig),
     "dreambooth": (dreambooth, DreamBoothConfig),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -17,14 +17,6 @@ from infusion.lesson import Lesson
 from infusion.methods.interface import MethodState
 from infusion.pipelines import attach
 from infusion.training import LearnConfig, learning
-
-
-@dataclass(frozen=True)
-class InfusionConfig(LearnConfig):
-    """strength: factor on the residuals when drawing. Guidance multiplies what they add, which no photo taught; below 1
-    the class comes back (docs/log.md)."""
-
-    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,11 +39,12 @@ class ConceptAdapter:
             yield pipe
 
 
-def infusion(pipe: DiffusionPipeline, lesson: Lesson, config: LearnConfig | None = None) -> Iterator[MethodState]:
-    """Learn a concept, yielding after every step. See `training.learning`."""
-    config = config or InfusionConfig()
-    strength = config.strength if isinstance(config, InfusionConfig) else 1.0
-    settings = LearnConfig(**{f.name: getattr(config, f.name) for f in fields(LearnConfig)})
-    for state in learning(pipe, lesson, lesson.word, lesson.name, settings):
+def infusion(
+    pipe: DiffusionPipeline, lesson: Lesson, config: LearnConfig | None = None, strength: float = 1.0
+) -> Iterator[MethodState]:
+    """Learn a concept, yielding after every step. See `training.learning`. strength: factor on the residuals when drawing; guidance
+    multiplies what they add, which no photo taught, so that below 1 the class comes back (docs/log.md)."""
+    config = config or LearnConfig()
+    for state in learning(pipe, lesson, lesson.word, lesson.name, config):
         adapter = ConceptAdapter(f"a <{lesson.name}>", state.concept, config.two_streams, strength)
         yield MethodState(state.step, state.steps, state.loss, adapter)

@@ -34,7 +34,6 @@ class FisherDivergence:
     eps_by_prompt: dict[str, Estimate]
 
 
-@torch.no_grad()
 def latent_fisher_divergence(
     base: Denoiser,
     custom: Denoiser,
@@ -52,33 +51,57 @@ def latent_fisher_divergence(
     the prompt's place, the same for every method that is measured.
     Raises ValueError for no prompts, no latents, timesteps outside the schedule or unknown prediction types.
     """
-    _check(latents, alphas_cumprod, prediction_types, timesteps)
-    by_prompt: dict[str, tuple[Tensor, Tensor]] = {}
+    ours, theirs = (
+        predicted_noise(model, latents, alphas_cumprod, kind, timesteps, seed, batch)
+        for model, kind in zip((base, custom), prediction_types, strict=True)
+    )
+    return divergence(ours, theirs, alphas_cumprod, timesteps)
+
+
+@torch.no_grad()
+def predicted_noise(
+    model: Denoiser,
+    latents: Mapping[str, Tensor],
+    alphas_cumprod: Tensor,
+    prediction_type: PredictionType = "epsilon",
+    timesteps: Sequence[int] = TIMESTEPS,
+    seed: int = 0,
+    batch: int = 16,
+) -> dict[str, Tensor]:
+    """What a denoiser predicts, as noise: prompt -> (t, n, c, h, w) on the CPU. Arguments as of `latent_fisher_divergence`."""
+    _check(latents, alphas_cumprod, prediction_type, timesteps)
+    found = {}
     for place, (prompt, clean) in enumerate(latents.items()):
         per_t = []
         for t in timesteps:
             generator = torch.Generator().manual_seed(hash_seed(seed, place, t))
             noise = torch.randn(clean.shape, generator=generator).to(clean)
             a = alphas_cumprod[t].to(clean)
-            noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
-            moved = []
-            for i in range(0, len(clean), batch):
-                part = noisy[i : i + batch]
-                rows = torch.full((len(part),), t, device=part.device)
-                eps = [
-                    to_eps(model(part, rows, prompt), part, a, kind)
-                    for model, kind in zip((base, custom), prediction_types, strict=True)
-                ]
-                moved.append((eps[0].cpu().double() - eps[1].cpu().double()).square().flatten(1).mean(1))
-            per_t.append(torch.cat(moved))
-        eps_form = torch.stack(per_t, 1)  # (n, t)
-        weight = 1 / (1 - alphas_cumprod[list(timesteps)].cpu().double())
-        by_prompt[prompt] = ((eps_form * weight).mean(1), eps_form.mean(1))
+            parts = (a.sqrt() * clean + (1 - a).sqrt() * noise).split(batch)
+            rows = (torch.full((len(part),), t, device=part.device) for part in parts)
+            eps = [to_eps(model(x, r, prompt), x, a, prediction_type) for x, r in zip(parts, rows, strict=True)]
+            per_t.append(torch.cat(eps).cpu())
+        found[prompt] = torch.stack(per_t)
+    return found
+
+
+def divergence(
+    base: Mapping[str, Tensor],
+    custom: Mapping[str, Tensor],
+    alphas_cumprod: Tensor,
+    timesteps: Sequence[int] = TIMESTEPS,
+) -> FisherDivergence:
+    """The divergence of two models' `predicted_noise`, for those that cannot be had at the same time."""
+    weight = 1 / (1 - alphas_cumprod[list(timesteps)].cpu().double())
+    score, eps = {}, {}
+    for prompt, ours in base.items():
+        moved = (ours.double() - custom[prompt].double()).square().flatten(2).mean(2).T  # (n, t)
+        score[prompt], eps[prompt] = (moved * weight).mean(1), moved.mean(1)
     return FisherDivergence(
-        score=bootstrap(torch.cat([s for s, _ in by_prompt.values()])),
-        eps=bootstrap(torch.cat([e for _, e in by_prompt.values()])),
-        score_by_prompt={p: bootstrap(s) for p, (s, _) in by_prompt.items()},
-        eps_by_prompt={p: bootstrap(e) for p, (_, e) in by_prompt.items()},
+        score=bootstrap(torch.cat(list(score.values()))),
+        eps=bootstrap(torch.cat(list(eps.values()))),
+        score_by_prompt={p: bootstrap(s) for p, s in score.items()},
+        eps_by_prompt={p: bootstrap(e) for p, e in eps.items()},
     )
 
 
@@ -93,11 +116,10 @@ def hash_seed(seed: int, place: int, timestep: int) -> int:
     return (seed * 1_000_003 + place) * 10_007 + timestep
 
 
-def _check(latents: Mapping[str, Tensor], alphas: Tensor, kinds: Sequence[str], timesteps: Sequence[int]) -> None:
+def _check(latents: Mapping[str, Tensor], alphas: Tensor, kind: str, timesteps: Sequence[int]) -> None:
     if not latents or any(len(x) == 0 for x in latents.values()):
         raise ValueError("There are no latents to compare on; give at least one prompt with at least one sample.")
     if not timesteps or not all(0 <= t < len(alphas) for t in timesteps):
         raise ValueError(f"timesteps are {tuple(timesteps)}; each must lie in the schedule's 0 to {len(alphas) - 1}.")
-    for kind in kinds:
-        if kind not in ("epsilon", "v_prediction"):
-            raise ValueError(f"A prediction type is {kind!r}; use 'epsilon' or 'v_prediction'.")
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"A prediction type is {kind!r}; use 'epsilon' or 'v_prediction'.")

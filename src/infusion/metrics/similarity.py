@@ -13,18 +13,29 @@ from torch import Tensor
 from infusion.metrics.estimate import Estimate, bootstrap
 
 
+def resemblance(generated: Tensor, photos: Tensor) -> Tensor:
+    """Each picture's mean cosine with the photos of the subject: (n, d), (k, d) -> (n,) float64."""
+    return cosines(generated, photos).mean(1)
+
+
+def agreement(generated: Tensor, texts: Tensor) -> Tensor:
+    """Each picture's cosine with its own prompt: (n, d), (n, d) -> (n,) float64. Raises ValueError where there is not one text
+    per picture."""
+    if generated.shape != texts.shape:
+        raise ValueError(f"{len(generated)} pictures but {len(texts)} texts; give each picture its own prompt.")
+    return F.cosine_similarity(generated.cpu().double(), texts.cpu().double())
+
+
 def fidelity(generated: Tensor, photos: Tensor) -> Estimate:
     """Subject fidelity: mean pairwise cosine between generated pictures (n, d) and photos of the subject (k, d); CLIP-I
     and DINO of DreamBooth (arXiv 2208.12242, section 4.1)."""
-    return bootstrap(cosines(generated, photos).mean(1))
+    return bootstrap(resemblance(generated, photos))
 
 
 def alignment(generated: Tensor, texts: Tensor) -> Estimate:
     """Text alignment: mean cosine between each picture (n, d) and its own prompt (n, d), the concept replaced by its
     class word; CLIP-T of DreamBooth. Raises ValueError where there is not one text per picture."""
-    if generated.shape != texts.shape:
-        raise ValueError(f"{len(generated)} pictures but {len(texts)} texts; give each picture its own prompt.")
-    return bootstrap(F.cosine_similarity(generated.cpu().double(), texts.cpu().double()))
+    return bootstrap(agreement(generated, texts))
 
 
 def preservation(generic: Tensor, photos: Tensor) -> Estimate:

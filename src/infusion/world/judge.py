@@ -178,6 +178,14 @@ def load_judge() -> Judge:
     return Judge.load(SHIPPED)
 
 
+def shipped_judge() -> Judge | None:
+    """The shipped judge, or None where its weights are missing."""
+    try:
+        return load_judge()
+    except FileNotFoundError:
+        return None
+
+
 def judge_digest() -> str:
     """SHA-256 of the shipped judge's file."""
     return hashlib.sha256(SHIPPED.read_bytes()).hexdigest()

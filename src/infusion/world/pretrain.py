@@ -30,7 +30,7 @@ from transformers import CLIPTextModel
 from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, psnr, standardize, train_autoencoder
 from infusion.world.dataset import Dataset, build_dataset, load_dataset, sample_batch
 from infusion.world.grounding import grounding_loss, recorded_maps
-from infusion.world.judge import Judge, load_judge
+from infusion.world.judge import shipped_judge
 from infusion.world.models import build_autoencoder, build_scheduler, build_text_encoder, build_unet
 from infusion.world.picking import best_score, judged, keep_best, save_best
 from infusion.world.release import read_weights
@@ -205,18 +205,6 @@ def _unrecorded(unet: UNet2DConditionModel) -> Iterator[None]:
         unet.set_attn_processor(recording)
 
 
-def _shipped_judge(folder: Path) -> Judge | None:
-    try:
-        return load_judge()
-    except FileNotFoundError:
-        _log(
-            folder,
-            stage="judge",
-            missing="no checkpoint is picked by the judge; train one with infusion.world.judge_training",
-        )
-        return None
-
-
 def _epoch_rows(count: int, config: PretrainConfig, step: int) -> np.ndarray:
     """Rows of batch `step`: every epoch is a fresh permutation of all scenes."""
     per_epoch = count // config.batch
@@ -311,7 +299,13 @@ def main() -> None:
         text_encoder.load_state_dict(read_weights("text_encoder"))
     validation = validation_scenes(args.folder / "validation", autoencoder, config.seed)
     sums = np.zeros(6)
-    judge = _shipped_judge(args.folder)
+    judge = shipped_judge()
+    if judge is None:
+        _log(
+            args.folder,
+            stage="judge",
+            missing="no checkpoint is picked; train a judge with infusion.world.judge_training",
+        )
     inspect = partial(judged, judge, autoencoder, text_encoder, unet) if judge else None
     for p in train_base(text_encoder, unet, latents, data, validation, args.folder, config, accelerator, inspect):
         sums += (1, p.denoising, p.grounding, p.separation, p.segmentation, p.attribute)

@@ -6,17 +6,16 @@ from collections.abc import Mapping, Sequence
 
 from infusion.world.judge import Reading, SubjectReading
 from infusion.world.requests import Request, Wanted
-from infusion.world.truth import COLORED
+from infusion.world.truth import COLORED, SCENE_HEADS
 from infusion.world.vocabulary import BACKGROUND_PHRASES, POSITION_PHRASES, STYLE_PREFIXES, STYLE_SUFFIXES, STYLES
 
-SCENE = ("background", "style")
 SUBJECT = ("kind", "color1", "color2", "pattern", "accessory", "position")
 
 
 def shown(reading: Reading) -> dict[str, str | None]:
     """Background, style and the surest subject's attributes; None for what cannot be told or is not there."""
     first = reading.subjects[0] if reading.subjects else None
-    values = {name: getattr(reading, name) for name in SCENE}
+    values = {name: getattr(reading, name) for name in SCENE_HEADS}
     return values | {name: getattr(first, name) if first else None for name in SUBJECT}
 
 
@@ -36,7 +35,7 @@ def asked(request: Request) -> dict[str, str | None]:
     """What the request wants of a single subject and its scene; None where it leaves that open or the style hides it."""
     (wanted,) = request.subjects
     colors = request.style in COLORED
-    values = {name: getattr(request, name) for name in SCENE}
+    values = {name: getattr(request, name) for name in SCENE_HEADS}
     return values | {
         name: getattr(wanted, name) if colors or not name.startswith("color") else None for name in SUBJECT
     }

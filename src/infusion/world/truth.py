@@ -14,6 +14,7 @@ SUBJECT_HEADS: dict[str, tuple[str, ...]] = {
 }
 ATTRIBUTES = tuple(name for name in SUBJECT_HEADS if name != "kind")
 SCENE_HEADS: dict[str, tuple[str, ...]] = {"background": BACKGROUNDS, "style": STYLES}
+TEXT = ("background", "style", "position")  # what a prompt says of a picture beside its subject
 COLORED = ("photo", "neon", "pixel art")  # styles that show colours
 NONE = -1
 
