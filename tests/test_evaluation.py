@@ -14,7 +14,8 @@ from PIL import Image
 
 from infusion.adapters import ConceptAdapter
 from infusion.errors import InfusionError
-from infusion.evaluation import EvaluateConfig, evaluate, verdict, write_report
+from infusion.evaluation import EvaluateConfig, evaluate, unrelated, verdict
+from infusion.evaluation_report import write_report
 from infusion.methods.dreambooth import TunedUNet
 from infusion.metrics.estimate import Estimate
 from infusion.photos import Photo

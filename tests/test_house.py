@@ -22,7 +22,7 @@ ORDER = (
     ("features", "judged"),
     ("diagnosis", "demo", "adapters"),
     ("evaluation",),
-    ("steering",),
+    ("steering", "evaluation_report"),
     ("bench",),
     ("cli",),
 )

@@ -231,8 +231,9 @@ def evaluate(
     with progress("Loading the base model") as told:
         from infusion.adapters import load_adapter
         from infusion.base import load_base
-        from infusion.evaluation import EvaluateConfig, write_report
+        from infusion.evaluation import EvaluateConfig
         from infusion.evaluation import evaluate as measure
+        from infusion.evaluation_report import write_report
         from infusion.features import load_features
         from infusion.photos import load_photos
         from infusion.steering import read_checkups

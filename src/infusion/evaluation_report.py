@@ -1,0 +1,121 @@
+"""The page and the JSON of an evaluation: the verdict, the pictures that show it, figures, curves of the training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from infusion.evaluation import Evaluation, Figures
+from infusion.report.curve import line_chart
+from infusion.report.page import Grid, Page, Row, write_page
+
+
+def write_report(
+    evaluation: Evaluation, folder: Path, base: str, adapter: str, checkups: Sequence[Mapping[str, Any]] = ()
+) -> Path:
+    """report.html and figures.json in `folder`; returns the page's path. checkups: those of the training, if it had any
+    (`steering.Checkup.plain`), drawn as curves."""
+    f, e = evaluation.figures, evaluation
+    one = range(0, len(e.base), e.config.seeds)
+    first = [
+        Row("Base model", "the class word", [e.base[i].image for i in one]),
+        Row(f"With {e.subject}", "the same prompts and seeds", [e.custom[i].image for i in one]),
+        Row("Nearest photo", "of those learned from", [e.lesson.pictures[e.nearest[i]] for i in one]),
+    ]
+    page = Page(
+        title=f"How {e.subject} fits",
+        lead=" ".join(e.verdict),
+        grids=[
+            Grid("The photos", "What was learned from.", [], [Row("Photos", "", list(e.lesson.pictures))]),
+            Grid(
+                "Beside the base",
+                "One seed of each prompt.",
+                [p.format(e.subject) for p in e.config.prompts],
+                first,
+                f"With {e.subject}",
+            ),
+        ],
+        facts=[
+            ("Forgetting: latent Fisher divergence, eps form", str(f.forgetting.eps)),
+            ("The same, score form", str(f.forgetting.score)),
+            ("The same on the class word alone, eps form", str(f.generic.eps)),
+            ("Distance to the base's pictures of the class, W2^2: mean term", f"{f.w2.mean:.4g}"),
+            ("The same: covariance term", f"{f.w2.covariance:.4g}"),
+            ("The same, exact optimal transport", f"{f.w2_exact:.4g}"),
+            ("Background like the photos'", str(f.background) if f.background else "the photos show none"),
+            ("The same, above the base's", str(f.background_above) if f.background_above else "the photos show none"),
+            ("Nearest photo, whole picture", str(f.nearest_photo)),
+            ("The same, above the base's", str(f.nearest_photo_above)),
+            ("Variety within a prompt; the base's", f"{f.variety}; {f.variety_base}"),
+            ("Pictures by each", str(f.pictures)),
+            ("Features", "the autoencoder's latents, centred on the base's pictures"),
+            *_feature_facts(f),
+            *(("Left out, for want of weights", told) for told in e.left_out),
+            ("Base; adapter", f"{base}; {adapter}"),
+        ],
+        charts=_curves(checkups),
+    )
+    path = write_page(page, folder / "report.html")
+    record = {
+        "subject": e.subject,
+        "verdict": e.verdict,
+        "figures": asdict(f),
+        "settings": asdict(e.config),
+        "left_out": e.left_out,
+        "checkups": list(checkups),
+    }
+    (folder / "figures.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def _feature_facts(f: Figures) -> list[tuple[str, str]]:
+    facts = []
+    for name, x in f.features.items():
+        facts += [(f"{name}: like the photos", str(x.subject)), ("The same, above the base's", str(x.subject_above))]
+        if x.text and x.text_above:
+            facts += [(f"{name}: like the prompt", str(x.text)), ("The same, above the base's", str(x.text_above))]
+    if j := f.judged:
+        facts += [
+            ("Judge: like the photos' subject", str(j.likeness)),
+            ("The same, above the base's", str(j.likeness_above)),
+        ]
+        if j.attributes and j.attributes_above:
+            facts += [("Judge: the subject's colours, pattern and accessory", str(j.attributes))]
+            facts += [("The same, above the base's", str(j.attributes_above))]
+        if j.text and j.text_above:
+            facts += [
+                ("Judge: background, style and place as asked", str(j.text)),
+                ("The same, above the base's", str(j.text_above)),
+            ]
+        facts += [
+            (
+                f"Judge: the photos' {name} where another was asked for, above the base's",
+                f"{leaked.above}; {leaked.unread} not read",
+            )
+            for name, leaked in j.leaks.items()
+        ]
+    return facts
+
+
+def _curves(checkups: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not checkups:
+        return []
+    steps = [c["step"] for c in checkups]
+    return [
+        line_chart("Loss of the step's batch", steps, [c["loss"] for c in checkups]),
+        *(
+            line_chart(
+                f"Repeats of the photos' {name} above the base's",
+                steps,
+                [100 * c["repeats"][name]["above"] for c in checkups],
+                " pt",
+                10,
+            )
+            for name in checkups[0]["repeats"]
+        ),
+        line_chart("Forgetting: divergence on other prompts", steps, [c["forgetting"] for c in checkups]),
+        line_chart("Variety beside the base's", steps, [100 * c["variety"] for c in checkups], " %"),
+    ]
