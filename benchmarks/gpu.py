@@ -1,7 +1,8 @@
 """Full size and speed on a GPU, random weights: python benchmarks/gpu.py --out gpu.json
 
 Seconds per training step of Infusion (two streams, single stream) beside a LoRA step, and per picture with and
-without a concept, at Stable Diffusion 1.5's true configuration; medians of interleaved rounds, peak memory.
+without a concept, at the true configuration of Stable Diffusion 1.5 or, with --family, of another; medians of interleaved rounds, peak memory.
+First one UNet call in fp32 is held against the naive method.
 With --base a real checkpoint is used, and --photos makes it learn a concept and draw it.
 """
 
@@ -17,9 +18,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import steps as cpu_steps
-from real_size import random_pipeline
+from real_size import parity, random_pipeline
 
 import infusion
+from infusion.families import FAMILIES
 from infusion.lesson import prepare_lesson
 from infusion.photos import Photo, load_photos
 from infusion.streams import value_lengths
@@ -43,12 +45,17 @@ def synchronized(step):
 
 
 def main(
-    out: Path, base: str | None, photos: Path | None, word: str, batch: int, rounds: int, dtype: torch.dtype
-) -> dict:
+    out: Path, base: str | None, photos: Path | None, word: str, batch: int, rounds: int, dtype: torch.dtype,
+    family: str = "stable-diffusion-v1",
+) -> dict:  # fmt: skip
     """Measure and write JSON."""
     if not torch.cuda.is_available():
         sys.exit("There is no CUDA device here; benchmarks/steps.py and benchmarks/real_size.py measure on a CPU.")
-    pipe = infusion.load_base(base, "cuda", dtype) if base else random_pipeline("stable-diffusion-v1").to("cuda", dtype)
+    pipe = (
+        infusion.load_base(base, "cuda", torch.float32) if base else random_pipeline(family, reduced=False).to("cuda")
+    )
+    error = parity(pipe, 16)
+    pipe.to(dtype)
     lesson = prepare_lesson(pipe, load_photos(photos) if photos else noise_photos(), word, "milo")
     concept = infusion.Concept("milo", word, {p: torch.randn(n) for p, n in value_lengths(pipe.unet).items()})
     torch.cuda.reset_peak_memory_stats()
@@ -65,7 +72,8 @@ def main(
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "dtype": str(dtype),
-        "base": base or "stable-diffusion-v1, random weights",
+        "base": base or f"{family}, random weights",
+        "parity_over_max_eps": error,
         "training": {"batch": batch, "seconds_per_step": train_seconds, "peak_gib": train_memory},
         "sampling": {
             "pictures": 8,
@@ -92,6 +100,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", help="a real checkpoint instead of random weights")
+    parser.add_argument("--family", choices=list(FAMILIES), default="stable-diffusion-v1", help="without --base")
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--word", default="dog")
     parser.add_argument("--batch", type=int, default=16)
@@ -99,4 +108,4 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="bf16")
     o = parser.parse_args()
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    main(o.out, o.base, o.photos, o.word, o.batch, o.rounds, dtypes[o.dtype])
+    main(o.out, o.base, o.photos, o.word, o.batch, o.rounds, dtypes[o.dtype], o.family)

@@ -31,10 +31,10 @@ from infusion.streams import Plan, Streams, value_lengths
 XL = "stable-diffusion-xl-v1-base"
 
 
-def random_pipeline(family: str):
-    """The family's true configuration with random weights; SDXL with 1 and 2 transformer layers instead of 2 and 10."""
+def random_pipeline(family: str, reduced: bool = True):
+    """The family's true configuration with random weights; SDXL, if `reduced`, with 1 and 2 transformer layers instead of 2 and 10."""
     parts = dict(FAMILIES[family])
-    if family == XL:
+    if family == XL and reduced:
         parts["unet"] = {**parts["unet"], "transformer_layers_per_block": [1, 1, 2]}
     torch.manual_seed(0)
     components = {
@@ -62,8 +62,8 @@ def parity(pipe, side: int) -> float:
     """Largest difference from the naive method over max|eps|, one fp32 UNet call of two rows."""
     unet = pipe.unet
     texts = encode_texts(pipe, ["a photo of a <x> on the beach", "a cat"], {"x": "teddy bear"}, "x")
-    residuals = {"x": {p: torch.randn(n) for p, n in value_lengths(unet).items()}}
-    sample = torch.randn(2, 4, side, side)
+    residuals = {"x": {p: torch.randn(n).to(texts.states) for p, n in value_lengths(unet).items()}}
+    sample = torch.randn(2, 4, side, side).to(texts.states)
     extra = {"added_cond_kwargs": texts.extra} if texts.extra else {}
     plan = Plan(texts.mentions, texts.states)
     streams = Streams(unet)

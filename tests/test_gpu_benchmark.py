@@ -41,5 +41,6 @@ def test_its_path_with_cuda_stood_in_for(tmp_path, monkeypatch):
     result = benchmark.main(tmp_path / "gpu.json", "embedded", photos, "dog", 1, 1, torch.bfloat16)
     assert json.loads((tmp_path / "gpu.json").read_text()) == result
     assert result["learned"]["bytes"] == (tmp_path / "gpu.safetensors").stat().st_size
+    assert result["parity_over_max_eps"] < 1e-5
     assert (tmp_path / "gpu.png").exists()
     assert "full fine-tune" not in result["training"]["seconds_per_step"]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 
 from infusion.errors import InfusionError
+from infusion.families import clip_tokenizer
 from infusion.prompts import parse, refuse_in_negative
 from infusion.world.tokenizer import build_tokenizer
 
 WORDS = {"milo": "dog", "ted": "teddy bear", "axo": "axolotl"}
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
+@pytest.fixture(scope="module", params=[build_tokenizer, clip_tokenizer], ids=["world", "clip"])
+def tokenizer(request):
+    return request.param()
 
 
 def words_at(tokenizer, parsed, mention) -> str:
@@ -43,6 +44,16 @@ def test_text_and_positions(tokenizer, prompt, text, found):
     assert [words_at(tokenizer, parsed, m) for m in parsed.mentions] == found
 
 
+def test_a_word_in_pieces_keeps_all_of_them():
+    tokenizer = clip_tokenizer()
+    ids = tokenizer("a photo of axolotl, here")["input_ids"]
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    (mention,) = parse("a photo of <axo>, here", WORDS, tokenizer).mentions
+    assert len(mention.positions) > 1
+    assert "".join(pieces[p] for p in mention.positions) == "axolotl</w>"
+    assert mention.positions[0] == 4
+
+
 def test_repeated_words_keep_their_own_places(tokenizer):
     parsed = parse("a dog and <milo> and a dog", WORDS, tokenizer)
     assert [m.positions for m in parsed.mentions] == [(4,)]
@@ -62,23 +73,24 @@ def test_strength(tokenizer, tag, strength):
         ("a <milo:strong>", "'strong' is no strength"),
         ("a <milo:nan>", "is no strength"),
         ("a <milo:>", "is no strength"),
-        ("the " * 40 + "<milo>", "<milo> is cut off"),
-        ("the " * 30 + "<milo>", "<milo> is cut off"),
+        ("{long}<milo>", "<milo> is cut off"),
+        ("the {long}<milo>", "<milo> is cut off"),
     ],
 )
 def test_errors_name_the_remedy(tokenizer, prompt, message):
     with pytest.raises(InfusionError, match=message.replace("(", "\\(")):
-        parse(prompt, WORDS, tokenizer)
+        parse(prompt.replace("{long}", "the " * (tokenizer.model_max_length - 2)), WORDS, tokenizer)
 
 
 def test_the_last_free_place_still_counts(tokenizer):
-    parsed = parse("the " * 29 + "<milo>", WORDS, tokenizer)
-    assert parsed.mentions[0].positions == (30,)
+    last = tokenizer.model_max_length - 2  # before the end's own token
+    parsed = parse("the " * (last - 1) + "<milo>", WORDS, tokenizer)
+    assert parsed.mentions[0].positions == (last,)
 
 
 def test_a_word_cut_in_its_middle_is_an_error(tokenizer):
     with pytest.raises(InfusionError, match="cut off"):
-        parse("the " * 29 + "<ted>", WORDS, tokenizer)
+        parse("the " * (tokenizer.model_max_length - 3) + "<ted>", WORDS, tokenizer)
 
 
 def test_tokens_of_the_tokenizer_are_no_concepts():
