@@ -1,4 +1,4 @@
-"""docs/benchmark.md from records: tables, trade-off curves, pictures. No figure is typed in by hand."""
+"""docs/benchmark.md from records: tables, trade-off curves, pictures. No figure of a table is typed in; a page's reading is its author's."""
 
 from __future__ import annotations
 
