@@ -58,7 +58,9 @@ def train(
     base: Base = "embedded",
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     batch: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--lr", help="0.01 to 0.03 on Stable Diffusion, 0.06 on the embedded base.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--lr", help="0.01 to 0.03 on Stable Diffusion, 0.06 on the embedded base.")
+    ] = None,
     flip: Annotated[bool, typer.Option(help="Learn from mirror images too; --no-flip for asymmetric subjects.")] = True,
     mask: Annotated[bool, typer.Option(help="Count only the subject; --no-mask counts the whole picture.")] = True,
     single_stream: Annotated[
@@ -331,11 +333,11 @@ def _known_word(base: str, word: str) -> None:
 
 def _refuse_unattached(prompts: list[str], concepts: list[Any]) -> None:
     """Without any concept attached, `<name>` would reach the base as plain text."""
-    import re
+    from infusion.prompts import TAG
 
     if not concepts:
         for prompt in prompts:
-            if tag := re.search(r"<[A-Za-z][A-Za-z0-9_-]*(:[^<>]*)?>", prompt):
+            if tag := TAG.search(prompt):
                 raise InfusionError(
                     f"The prompt names {tag[0]}, but no concept is loaded; give its file with --concept."
                 )

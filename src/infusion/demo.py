@@ -20,7 +20,7 @@ from torch import Tensor
 
 from infusion.base import load_base
 from infusion.concept import Concept
-from infusion.generation import Picture, generate, save_pictures
+from infusion.generation import Picture, Progress, generate, save_pictures
 from infusion.judged import stacked
 from infusion.lesson import Lesson, prepare_lesson
 from infusion.methods.dreambooth import DreamBoothConfig, dreambooth
@@ -56,8 +56,6 @@ PROMPTS = (
     "a photo of a car in the snow",
 )
 
-# progress("Learning", done, of)
-Progress = Callable[[str, int, int], None]
 State = TypeVar("State", LearnState, MethodState)
 
 

@@ -10,7 +10,7 @@ embedded base; what is left out is named.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from infusion.errors import InfusionError
 from infusion.features import FeatureFigures, Features, feature_figures, left_out
-from infusion.generation import Picture, denoiser, generate
+from infusion.generation import Picture, Progress, denoiser, generate
 from infusion.judged import JudgedFigures, judged_figures
 from infusion.lesson import Lesson, encode_pictures, prepare_lesson
 from infusion.methods.interface import Adapter, rebuilt
@@ -51,9 +51,6 @@ OTHERS = (
     "a sketch of a bird",
 )
 LPIPS = "LPIPS: not offered; its weights come with torchvision, which is not a dependency"
-
-# progress("Drawing", done, of)
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from infusion.errors import InfusionError
 from infusion.lesson import added_conditions
 from infusion.streams import execution_device, require_unet
 
+Progress = Callable[[str, int, int], None]  # told("Drawing", done, of)
+
 
 @dataclass(frozen=True)
 class Picture:

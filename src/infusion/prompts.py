@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from infusion.errors import InfusionError
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-_TAG = re.compile(r"<(?P<name>[A-Za-z][A-Za-z0-9_-]*)(?::(?P<strength>[^<>]*))?>")
+TAG = re.compile(r"<(?P<name>[A-Za-z][A-Za-z0-9_-]*)(?::(?P<strength>[^<>]*))?>")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def parse(
     """
     pieces, spans = [], []  # converted text so far, and (name, strength, start, end) in it
     plain, last, length = "", 0, 0
-    for tag in _TAG.finditer(prompt):
+    for tag in TAG.finditer(prompt):
         name = tag["name"]
         if name not in words:
             if tag[0] in tokenizer.get_vocab():
@@ -76,7 +76,7 @@ def parse(
 
 def refuse_in_negative(negative_prompt: str, words: Mapping[str, str]) -> None:
     """Raises InfusionError if a known `<name>` stands in a negative prompt, where it has no meaning."""
-    for tag in _TAG.finditer(negative_prompt):
+    for tag in TAG.finditer(negative_prompt):
         if tag["name"] in words:
             word = words[tag["name"]]
             raise InfusionError(

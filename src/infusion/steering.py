@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from infusion.errors import InfusionError
 from infusion.evaluation import OTHERS, PROMPTS, forgetting, unrelated
-from infusion.generation import generate
+from infusion.generation import Progress, generate
 from infusion.lesson import Lesson, attention_masks, encode_pictures
 from infusion.methods.interface import Adapter, MethodState, rebuilt
 from infusion.metrics.estimate import Estimate, rate
@@ -41,7 +41,6 @@ POSITIONED = (
     "a sketch of {} on the left",
     "a sketch of {} on the right",
 )
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from infusion.bench.grid import Job, jobs, load_grid
-from infusion.bench.runner import pending, read_records, record_path, refuse_other_bases, run_jobs, write_record
+from infusion.bench.runner import pending, read_records, record_path, refuse_others, run_jobs, write_record
 from infusion.errors import InfusionError
 
 GRID = load_grid(None, {"subjects": 3, "methods": {"infusion": {}, "dreambooth": {}}})
@@ -78,11 +78,14 @@ def test_a_record_that_cannot_be_written_ends_no_other_job(tmp_path):
 
 
 def test_records_of_another_base_do_not_pass_for_done(tmp_path):
-    refuse_other_bases(tmp_path, "abc")
+    refuse_others(tmp_path, "abc", "judge")
     write_record(tmp_path / "a.json", {"base": "abc"})
-    refuse_other_bases(tmp_path, "abc")
+    refuse_others(tmp_path, "abc", "judge")
     with pytest.raises(InfusionError, match=r"another base \(abc, here def\)"):
-        refuse_other_bases(tmp_path, "def")
+        refuse_others(tmp_path, "def", "judge")
+    write_record(tmp_path / "b.json", {"base": "abc", "judge": "old"})
+    with pytest.raises(InfusionError, match=r"another judge \(old, here judge\)"):
+        refuse_others(tmp_path, "abc", "judge")
 
 
 def test_bad_calls(tmp_path):

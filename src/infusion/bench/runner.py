@@ -24,13 +24,14 @@ def pending(todo: Sequence[Job], folder: Path) -> list[Job]:
     return [job for job in todo if not record_path(folder, job).exists()]
 
 
-def refuse_other_bases(folder: Path, base: str) -> None:
-    """Raise InfusionError where `folder` holds records of another base: its jobs would pass for done."""
-    others = {r["base"] for r in read_records(folder)} - {base} if any(folder.glob("*.json")) else set()
-    if others:
-        raise InfusionError(
-            f"{str(folder)!r} holds records of another base ({sorted(others)[0][:12]}, here {base[:12]}); give a new folder."
-        )
+def refuse_others(folder: Path, base: str, judge: str) -> None:
+    """Raise InfusionError where `folder` holds records of another base or judge: its jobs would pass for done."""
+    records = read_records(folder) if any(folder.glob("*.json")) else []
+    for what, here in (("base", base), ("judge", judge)):
+        if others := {r[what] for r in records if r.get(what)} - {here}:
+            raise InfusionError(
+                f"{str(folder)!r} holds records of another {what} ({sorted(others)[0][:12]}, here {here[:12]}); give a new folder."
+            )
 
 
 def record_path(folder: Path, job: Job) -> Path:

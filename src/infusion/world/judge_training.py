@@ -8,8 +8,6 @@ on yet other families. Resumes after a kill.
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +23,8 @@ from infusion.world.judge import Judge, JudgeNetwork, Maps
 from infusion.world.judge_figures import calibrate, examine, examine_told, judge_card
 from infusion.world.judge_lessons import Labels, cells, corrupt, heat_targets, labels_of, mirrored, shows_change
 from infusion.world.models import build_autoencoder, pixels_to_tensor
-from infusion.world.release import read_log, read_weights
-from infusion.world.runs import Run, Schedule
+from infusion.world.release import read_weights
+from infusion.world.runs import Run, Schedule, log, read_log
 from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
 from infusion.world.twins import VIEWS, Families, build_families, load_families
 
@@ -135,12 +133,12 @@ def main() -> None:
     config = JudgeConfig(**{k: v for k, v in vars(args).items() if k != "folder"})
     args.folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision="bf16")
-    _log(args.folder, stage="start", device=str(accelerator.device), **asdict(config))
+    log(args.folder, stage="start", device=str(accelerator.device), **asdict(config))
     parts = (("train", config.drawn, False), ("calibration", 300, False), ("test", 256, True))
     for seed, (part, count, strict) in enumerate(parts, start=3 * config.seed):
         for done in build_families(args.folder / part, count, seed, strict=strict):
             if done % 2048 == 0:
-                _log(args.folder, stage="drawing", part=part, families=done)
+                log(args.folder, stage="drawing", part=part, families=done)
     autoencoder = build_autoencoder().eval().requires_grad_(False)
     autoencoder.load_state_dict(read_weights("vae"))
     network = JudgeNetwork()
@@ -150,7 +148,7 @@ def main() -> None:
     ):
         sums = {name: sums.get(name, 0.0) + value / 100 for name, value in losses.items()}
         if step % 100 == 0:
-            _log(
+            log(
                 args.folder,
                 stage="judge",
                 step=step,
@@ -163,18 +161,11 @@ def main() -> None:
     figures = {"clean": examine(network, test), "autoencoded": examine(network, test, autoencoder)}
     judge = Judge(network, calibrate(network, load_families(args.folder / "calibration"), autoencoder))
     figures["told"] = examine_told(judge, test, autoencoder)
-    _log(args.folder, stage="figures", **figures, thresholds=judge.thresholds)
+    log(args.folder, stage="figures", **figures, thresholds=judge.thresholds)
     judge.save(args.folder / "judge.safetensors")
     (args.folder / "README.md").write_text(
         judge_card(read_log(args.folder), figures, args.folder / "judge.safetensors")
     )
-
-
-def _log(folder: Path, **values: object) -> None:
-    line = json.dumps({"time": round(time.time()), **values})
-    with (folder / "log.jsonl").open("a") as file:
-        file.write(line + "\n")
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ the learning rate brought to zero by then. `--from-weights` goes on from the shi
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -34,7 +32,7 @@ from infusion.world.judge import shipped_judge
 from infusion.world.models import build_autoencoder, build_scheduler, build_text_encoder, build_unet
 from infusion.world.picking import best_score, judged, keep_best, save_best
 from infusion.world.release import read_weights
-from infusion.world.runs import Run, Schedule
+from infusion.world.runs import Run, Schedule, log
 from infusion.world.segmentation import (
     SegmentationHead,
     attribute_loss,
@@ -217,7 +215,7 @@ def prepare(folder: Path, config: PretrainConfig, accelerator: Accelerator) -> t
     """Stages one to three: the drawn set, the standardized autoencoder, and all latents."""
     for done in build_dataset(folder / "data", config.scenes, config.seed):
         if done % 4096 == 0:
-            _log(folder, stage="drawing", scenes=done)
+            log(folder, stage="drawing", scenes=done)
     data = load_dataset(folder / "data")
     encoded = folder / "latents.pt"
     if not encoded.exists():
@@ -245,7 +243,7 @@ def _trained_autoencoder(
     for step, mse, model in train_autoencoder(data, folder, config.autoencoder, accelerator):
         if step % 250 == 0:
             model.eval()
-            _log(folder, stage="autoencoder", step=step, mse=mse, psnr=psnr(model, data.pixels[-64:]))
+            log(folder, stage="autoencoder", step=step, mse=mse, psnr=psnr(model, data.pixels[-64:]))
             model.train()
     assert model is not None
     return model.eval()
@@ -255,13 +253,6 @@ def _shipped_autoencoder(accelerator: Accelerator) -> AutoencoderKL:
     model = build_autoencoder()
     model.load_state_dict(read_weights("vae"))
     return model.eval().to(accelerator.device)
-
-
-def _log(folder: Path, **values: object) -> None:
-    line = json.dumps({"time": round(time.time()), **values})
-    with (folder / "log.jsonl").open("a") as file:
-        file.write(line + "\n")
-    print(line, flush=True)
 
 
 def main() -> None:
@@ -290,7 +281,7 @@ def main() -> None:
     options = {k: v for k, v in vars(args).items() if k not in ("folder", "autoencoder_steps")}
     config = PretrainConfig(**options, autoencoder=AutoencoderConfig(steps=args.autoencoder_steps))
     accelerator = Accelerator(mixed_precision="bf16")
-    _log(args.folder, stage="start", device=str(accelerator.device), **asdict(config))
+    log(args.folder, stage="start", device=str(accelerator.device), **asdict(config))
 
     autoencoder, latents, data = prepare(args.folder, config, accelerator)
     unet, text_encoder = build_unet(), build_text_encoder(build_tokenizer())
@@ -301,7 +292,7 @@ def main() -> None:
     sums = np.zeros(6)
     judge = shipped_judge()
     if judge is None:
-        _log(
+        log(
             args.folder,
             stage="judge",
             missing="no checkpoint is picked; train a judge with infusion.world.judge_training",
@@ -312,7 +303,7 @@ def main() -> None:
         if p.step % 100 == 0:
             _, denoising, grounding, separation, segmentation, attribute = sums / sums[0]
             sums[:] = 0
-            _log(
+            log(
                 args.folder,
                 stage="base",
                 step=p.step,
@@ -326,15 +317,15 @@ def main() -> None:
                 lr=p.learning_rate,
             )
         if p.validation:
-            _log(args.folder, stage="validation", step=p.step, **asdict(p.validation))
+            log(args.folder, stage="validation", step=p.step, **asdict(p.validation))
         if p.score is not None:
-            _log(args.folder, stage="judged", step=p.step, score=round(p.score, 4))
+            log(args.folder, stage="judged", step=p.step, score=round(p.score, 4))
     if inspect:
         last, best, picked = keep_best(args.folder, text_encoder, unet, inspect)
-        _log(args.folder, stage="picked", last=last, best=best, kept=picked)
+        log(args.folder, stage="picked", last=last, best=best, kept=picked)
     finished = {"vae": autoencoder, "text_encoder": text_encoder, "unet": unet}
     torch.save({part: network.state_dict() for part, network in finished.items()}, args.folder / "final.pt")
-    _log(args.folder, stage="done", **asdict(measure_maps(text_encoder, unet, *validation)))
+    log(args.folder, stage="done", **asdict(measure_maps(text_encoder, unet, *validation)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infusion.world.grounding import BARS
+from infusion.world.runs import read_log
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHARD_BYTES = 14_000_000
@@ -64,13 +65,6 @@ def _shards(state: dict[str, Tensor]) -> Iterable[dict[str, Tensor]]:
             shard = {}
         shard[name] = half
     yield shard
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The run's log, one dict a line; where a part was run again, the later lines count."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    latest = {(line["stage"], line.get("step", line["time"])): line for line in lines}
-    return sorted(latest.values(), key=lambda line: line["time"])
 
 
 def draw_curve(log: list[dict[str, Any]], path: Path) -> None:

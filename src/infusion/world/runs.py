@@ -8,11 +8,13 @@ run.finish()                       # the networks hold the averaged weights
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -110,3 +112,18 @@ class Run:
             group["fused"] = given  # the optimizer's own, not the checkpoint's: another device may have another
         self.ema.load_state_dict(state["ema"])
         self.step, self.seconds = state["step"], state["seconds"]
+
+
+def log(folder: Path, **values: object) -> None:
+    """Add a line to the folder's log.jsonl, with the time, and print it."""
+    line = json.dumps({"time": round(time.time()), **values})
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The run's log, one dict a line; where a part was run again, the later lines count."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    latest = {(line["stage"], line.get("step", line["time"])): line for line in lines}
+    return sorted(latest.values(), key=lambda line: line["time"])
