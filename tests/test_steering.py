@@ -107,6 +107,14 @@ def test_one_look_beyond_the_limit_does_not_stop(pipe, lesson, looks):
     assert [s.best.step for s in seen] == [1, 1, 3, 3]
 
 
+def test_without_looks_the_states_go_through(pipe, lesson):
+    plain = [s.loss for s in infusion(pipe, lesson, LearnConfig(3, 2))]
+    seen = run(pipe, infusion(pipe, lesson, LearnConfig(3, 2)), lesson, every=0)
+    assert [s.state.loss for s in seen] == plain
+    assert not any(s.checkup for s in seen)
+    assert seen[-1].kept is seen[-1].state
+
+
 def test_two_looks_must_find_the_same_repeated(pipe, lesson, looks):
     looks(background=[10, -10, -10], position=[-10, 10, 10])
     seen = run(pipe, dreambooth(pipe, lesson, DreamBoothConfig(4, 1)), lesson, every=1)
@@ -161,7 +169,7 @@ def test_checkups_beside_the_file(tmp_path):
         read_checkups(path)
 
 
-@pytest.mark.parametrize("bad", [{"every": 0}, {"seeds": 1}, {"limit": 1.5}, {"steps": 0}, {"positioned": ()}])
+@pytest.mark.parametrize("bad", [{"every": -1}, {"seeds": 1}, {"limit": 1.5}, {"steps": 0}, {"positioned": ()}])
 def test_bad_settings(bad):
     with pytest.raises(InfusionError, match=next(iter(bad))):
         SteerConfig(**bad)

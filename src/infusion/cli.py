@@ -93,7 +93,7 @@ def train(
         from infusion.steering import SteerConfig, steered, write_checkups
         from infusion.training import LearnConfig
 
-        steer = SteerConfig(every=evaluate_every or 50, stop=stop_when_overfit)
+        steer = SteerConfig(every=evaluate_every or (50 if stop_when_overfit else 0), stop=stop_when_overfit)
         given = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
         config = LearnConfig(
             flip=flip,
@@ -107,34 +107,28 @@ def train(
         _writable(out)
         _known_word(base, word)
         pipe = load_base(base, device, dtype)
-        kept, now, checkups = None, None, []
+        now, checkups = None, []
         try:
             told("Encoding the photos", 0, 0)
             lesson = prepare_lesson(pipe, pictures, word, name, flip=flip, masked=mask)
-            states = infusion(pipe, lesson, config)
-            if evaluate_every or stop_when_overfit:
-                for now in steered(pipe, states, lesson, steer, told):
-                    kept = now.best if now.stopped and now.best else now.state
-                    told(f"Learning <{name}>", now.state.step, now.state.steps, f"loss {now.state.loss:.4f}")
-                    if now.checkup:
-                        checkups.append(now.checkup.plain())
-                        say.print(_seen(now.checkup))
-            else:
-                for kept in states:
-                    told(f"Learning <{name}>", kept.step, kept.steps, f"loss {kept.loss:.4f}")
+            for now in steered(pipe, infusion(pipe, lesson, config), lesson, steer, told):
+                told(f"Learning <{name}>", now.state.step, now.state.steps, f"loss {now.state.loss:.4f}")
+                if now.checkup:
+                    checkups.append(now.checkup.plain())
+                    say.print(_seen(now.checkup))
         except KeyboardInterrupt:
-            if kept is None:
+            if now is None:
                 say.print("Stopped before the first step; nothing was written.")
                 raise typer.Exit(130) from None
-            told(f"Stopped at step {kept.step}", kept.step, kept.steps)
-    assert kept is not None
+            told(f"Stopped at step {now.state.step}", now.state.step, now.state.steps)
+    assert now is not None
+    kept = now.kept
     path = kept.adapter.concept.save(out)
     if checkups:
         write_checkups(path, checkups)
-    overfit = now.stopped if now else None
-    interrupted = kept.step < kept.steps and not overfit
-    if overfit:
-        say.print(overfit)
+    interrupted = kept.step < kept.steps and not now.stopped
+    if now.stopped:
+        say.print(now.stopped)
     say.print(
         f"{'Stopped early; kept' if interrupted else 'Learned'} <{name}> after {kept.step} steps: {path}, {path.stat().st_size:,} bytes."
     )

@@ -45,7 +45,7 @@ POSITIONED = (
 
 @dataclass(frozen=True)
 class SteerConfig:
-    """every: steps between checkups; the last step is always looked at. limit: by how much the rate of repeats may exceed the
+    """every: steps between checkups, 0 for none; the last step is always looked at. limit: by how much the rate of repeats may exceed the
     base's own. prompts ask for backgrounds, `positioned` for positions that the photos do not show, `seeds` pictures of each."""
 
     every: int = 50
@@ -59,7 +59,7 @@ class SteerConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field, least in (("every", 1), ("seeds", 2), ("steps", 1)):
+        for field, least in (("every", 0), ("seeds", 2), ("steps", 1)):
             if getattr(self, field) < least:
                 raise InfusionError(f"{field} is {getattr(self, field)}; it must be at least {least}.")
         if not self.prompts or not self.positioned:
@@ -102,6 +102,11 @@ class Steered:
     best: MethodState | None
     stopped: str | None
 
+    @property
+    def kept(self) -> MethodState:
+        """What to keep if training ended here: the last state within the limit after a stop, the last of all else."""
+        return self.best if self.stopped and self.best else self.state
+
 
 def steered(
     pipe: DiffusionPipeline,
@@ -113,12 +118,12 @@ def steered(
     """The method's states with checkups among them; ends at the second checkup in a row that finds the same repeated beyond the limit, if
     `config.stop`: one of some twenty pictures each is beyond it by chance too often."""
     config, told = config or SteerConfig(), progress or (lambda *_: None)
-    watch = _Watch(pipe, lesson, config, told)
+    watch = _Watch(pipe, lesson, config, told) if config.every else None
     best: MethodState | None = None
     before: set[str] = set()
     for state in states:
         checkup = stopped = None
-        if state.step % config.every == 0 or state.step == state.steps:
+        if watch and (state.step % config.every == 0 or state.step == state.steps):
             checkup = watch.look(state)
             beyond = {name for name, found in checkup.repeats.items() if found.above > config.limit}
             if not beyond:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, psnr, standardize, train_autoencoder
-from infusion.world.dataset import Dataset, build_dataset, load_dataset, sample_batch
+from infusion.world.dataset import Batch, Dataset, build_dataset, load_dataset, sample_batch
 from infusion.world.grounding import grounding_loss, recorded_maps
 from infusion.world.judge import shipped_judge
 from infusion.world.models import build_autoencoder, build_scheduler, build_text_encoder, build_unet
@@ -109,6 +110,60 @@ def subject_weights(masks: Tensor, extra: float) -> Tensor:
     return weights / weights.mean()
 
 
+class Terms(NamedTuple):
+    """Losses of one batch, scalars, unweighted."""
+
+    denoising: Tensor
+    grounding: Tensor
+    separation: Tensor
+    segmentation: Tensor
+    attribute: Tensor
+
+    def weighted(self, config: PretrainConfig) -> Tensor:
+        """Their sum with the recipe's weights."""
+        return (
+            self.denoising
+            + config.grounding_weight * self.grounding
+            + config.separation_weight * self.separation
+            + config.segmentation_weight * self.segmentation
+            + config.attribute_weight * self.attribute
+        )
+
+
+def batch_terms(
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    head: SegmentationHead,
+    records: list[Tensor],
+    batch: Batch,
+    timesteps: Tensor,
+    noise: Tensor,
+    alphas: Tensor,
+    table: Tensor,
+    config: PretrainConfig,
+) -> Terms:
+    """Both networks' losses on a batch at `timesteps` (b,) with `noise` (b, c, g, g). records: the list that the UNet's maps go to
+    (`recorded_maps`). alphas (T,): the schedule. table: `meanings` of the vocabulary. The networks run in the caller's autocast, losses in fp32."""
+    device = alphas.device
+    clean, ids, masks, words = (x.to(device) for x in (batch.latents, batch.ids, batch.masks, batch.words))
+    timesteps, noise = timesteps.to(device), noise.to(device)
+    a = alphas[timesteps].sqrt()[:, None, None, None]
+    s = (1 - alphas[timesteps]).sqrt()[:, None, None, None]
+    noisy, target = a * clean + s * noise, a * noise - s * clean
+    states = text_encoder(ids).last_hidden_state
+    predicted = unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, states).sample
+    logits, attribute_logits = head()
+    with torch.autocast(device.type, enabled=False):
+        weights = subject_weights(masks, config.subject_weight)
+        return Terms(
+            denoising=(weights * (predicted.float() - target).square()).mean(),
+            grounding=grounding_loss(records, words, masks),
+            separation=separation_loss(states, ids, table),
+            segmentation=segmentation_loss(logits, class_targets(ids, words, masks, table)),
+            attribute=attribute_loss(attribute_logits, attribute_targets(batch.subjects.to(device), masks)),
+        )
+
+
 def train_base(
     text_encoder: CLIPTextModel,
     unet: UNet2DConditionModel,
@@ -149,34 +204,13 @@ def train_base(
             rng = np.random.default_rng((config.seed, run.step))
             rows = _epoch_rows(len(latents), config, run.step)
             batch = sample_batch(latents, data, rows, rng, config.caption_dropout)
-            clean, ids = batch.latents.to(device), batch.ids.to(device)
-            timesteps = draw_timesteps(rng, len(rows), len(alphas)).to(device)
-            noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(run.step + 1)).to(device)
-            a = alphas[timesteps].sqrt()[:, None, None, None]
-            s = (1 - alphas[timesteps]).sqrt()[:, None, None, None]
-            noisy, target = a * clean + s * noise, a * noise - s * clean
+            timesteps = draw_timesteps(rng, len(rows), len(alphas))
+            noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(run.step + 1))
             with accelerator.autocast():
-                states = text_encoder(ids).last_hidden_state
-                predicted = unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, states).sample
-                logits, attribute_logits = head()
-            masks = batch.masks.to(device)
-            weights = subject_weights(masks, config.subject_weight)
-            denoising = (weights * (predicted.float() - target).square()).mean()
-            words = batch.words.to(device)
-            grounding = grounding_loss(records, words, masks)
+                terms = batch_terms(text_encoder, unet, head, records, batch, timesteps, noise, alphas, table, config)
             records.clear()
-            separation = separation_loss(states, ids, table)
-            segmentation = segmentation_loss(logits, class_targets(ids, words, masks, table))
-            attribute = attribute_loss(attribute_logits, attribute_targets(batch.subjects.to(device), masks))
             rate = run.learning_rate
-            run.update(
-                denoising
-                + config.grounding_weight * grounding
-                + config.separation_weight * separation
-                + config.segmentation_weight * segmentation
-                + config.attribute_weight * attribute,
-                accelerator,
-            )
+            run.update(terms.weighted(config), accelerator)
             measured = score = None
             validates, judges = run.step % config.validate_every == 0, inspect and run.step % config.judge_every == 0
             if validates or judges:
@@ -186,7 +220,7 @@ def train_base(
                     if judges and (score := inspect()) > best:
                         best = score
                         save_best(folder, text_encoder, unet, score, run.step)
-            losses = [float(loss.detach()) for loss in (denoising, grounding, separation, segmentation, attribute)]
+            losses = [float(loss.detach()) for loss in terms]
             yield Progress(run.step, run.step * config.batch, run.seconds, *losses, rate, measured, score)
     run.finish()
     head.remove()
