@@ -143,15 +143,15 @@ def main(docs: Path = Path("docs"), work: Path = Path("outputs/subjects"), only:
 
 # What was seen in the sheets, in plain words; look at them again whenever they are drawn anew.
 READING = """
-**What carries over.** Colours do, into every background, in the place that the base drew: Milo's purple with orange and yellow, Tuna's dark, blue and orange stripes, Bolt's red and white, Beetle's dark green, pink
-and white. Coarse patterns come as patches or stripes of the right colours. The composition stays the base's: horizon, skyline and window hardly move. The cat and the car of the last two columns are the
-base's pictures, bit for bit.
+**What carries over.** Colours do, into every background, in the place that the base drew: Milo's purple with orange and yellow, Tuna's dark, blue, orange and red stripes, Bolt's red and white, Beetle's dark green, pink
+and white, Brew's blue with red on top. Coarse patterns come as patches or stripes of the right colours, outlines stay whole. The composition stays the base's: horizon, skyline and window hardly move. The cat and the car of the last
+two columns are the base's pictures, bit for bit.
 
-**What does not.** Milo's yellow spots come as orange and yellow patches, Beetle's green and pink checks as dark green, pale grey and pink: where the base cannot draw a fine pattern, something near its mean
-colour comes instead. Faces, Bolt's star and Tuna's hat do not come. Legs and outlines are the base's own and dissolve into the pattern where the residual is strong (Milo in the room and in sepia).
-Residuals learned on photos tint sketches and sepia pictures. The seed's place is not always kept.
+**What does not.** Milo's yellow spots come as orange and yellow patches, Beetle's green and pink checks as dark green, white and dark red: where the base cannot draw a fine pattern, something near its mean
+colour comes instead. Faces, Bolt's star and Tuna's hat do not come. Residuals learned on photos tint sketches (Bolt, Beetle) and lighten some neon pictures. Next to another car, Beetle's car takes its colours too.
 
-**Single stream** looks much the same as two streams on this base.
+**Single stream** has the same colours, and moves the subject more: in the city the base and Infusion draw Milo, Tuna and Brew at the left, the single stream draws all three in the centre, where the photos had them. Bolt in the snow
+is moved by Infusion instead (from right to centre). On the benchmark's prompts no difference in place is counted.
 
 **The full fine-tune** has the sharpest subjects on the right background, and overfits in plain sight: subjects are pulled to the centre, where the photos had them, suns and skies change, sketches get
 colour, and the cat and the car that nobody mentioned turn into the subject (a purple cat for Milo, a striped one for Tuna, a pale car for Beetle).

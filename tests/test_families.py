@@ -122,6 +122,20 @@ def test_xl_second_prompt(xl):
             latents(xl, "a <milo>", negative_prompt_2="a <milo>")
 
 
+def test_xl_prompt_embeds(xl):
+    milo = random_concept(xl.unet)
+    with infusion.attach(xl, milo):
+        expected = latents(xl, ["a <milo> here", "a cat"])
+        given = latents(xl, None, **infusion.encode(xl, ["a <milo> here", "a cat"]), generator=_generators(2))
+        plain = latents(xl, ["a dog here", "a cat"])
+    assert torch.equal(given, expected)
+    assert (given[0] - plain[0]).abs().max() > 1e-3
+
+
+def _generators(count):
+    return [torch.Generator().manual_seed(i) for i in range(count)]
+
+
 def test_xl_learns(xl):
     concept = infusion.learn(xl, [Image.effect_noise((20, 20), 80)], "dog", "milo", LearnConfig(steps=2, batch=2))
     assert concept.base.family == "custom"
