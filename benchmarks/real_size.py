@@ -63,7 +63,7 @@ def parity(pipe, side: int) -> float:
     unet = pipe.unet
     texts = encode_texts(pipe, ["a photo of a <x> on the beach", "a cat"], {"x": "teddy bear"}, "x")
     residuals = {"x": {p: torch.randn(n).to(texts.states) for p, n in value_lengths(unet).items()}}
-    sample = torch.randn(2, 4, side, side).to(texts.states)
+    sample = torch.randn(2, unet.config["in_channels"], side, side).to(texts.states)
     extra = {"added_cond_kwargs": texts.extra} if texts.extra else {}
     plan = Plan(texts.mentions, texts.states)
     streams = Streams(unet)
