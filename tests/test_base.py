@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import infusion
-from infusion.base import _predicts_noise, from_checkpoint
+from infusion.base import _load_single_file, _predicts_noise, from_checkpoint
 from infusion.errors import InfusionError
 from infusion.families import FAMILIES, clip_tokenizer, family_of
 from infusion.streams import value_lengths
@@ -82,6 +82,24 @@ def test_a_single_checkpoint_file_offline(tmp_path):
         assert not torch.equal(latents(loaded, "a <milo>"), latents(loaded, "a dog"))
     # Weights read from a file lie at other addresses, which may choose other kernels.
     assert torch.allclose(latents(loaded, "a dog"), latents(pipe, "a dog"), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "side", "predicts"),
+    [
+        ({"modelspec.resolution": "512x512"}, 64, "epsilon"),
+        ({"modelspec.prediction_type": "epsilon", "modelspec.resolution": "768x768"}, 96, "epsilon"),
+        ({"modelspec.prediction_type": "v", "modelspec.resolution": "512x512"}, 64, "v_prediction"),
+        ({}, 96, "v_prediction"),
+    ],
+)
+def test_side_and_prediction_of_a_2x_checkpoint(tmp_path, monkeypatch, metadata, side, predicts):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, path, metadata)
+    monkeypatch.setattr("infusion.base.family_of", lambda shapes: "stable-diffusion-v2")
+    monkeypatch.setattr("infusion.base.from_checkpoint", lambda path, parts, dtype: parts)
+    parts = _load_single_file(path, torch.float32)
+    assert (parts["unet"]["sample_size"], parts["scheduler"]["prediction_type"]) == (side, predicts)
 
 
 @pytest.mark.parametrize(

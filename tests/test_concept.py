@@ -313,6 +313,7 @@ def test_bad_values(name, word, residuals, message):
         ({"layers": ["up"]}, "finite numbers"),
         ({"note": None}, "finite numbers"),
         ({"note": "\x1b[31m"}, "finite numbers"),
+        ({"\x1b[31m": 1}, "finite numbers"),
         ({"note": "x" * 2000}, "more than 1,024 bytes"),
     ],
 )

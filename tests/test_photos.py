@@ -39,6 +39,9 @@ def test_masks_are_found_whatever_the_case_of_their_names(tmp_path):
     Image.new("L", (8, 8), 200).save(tmp_path / "a-Mask.PNG")
     (photo,) = load_photos(tmp_path)
     assert photo.mask.getpixel((3, 3)) == 200
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    Image.new("L", (8, 8), 90).save(tmp_path / "a-mask.png")  # the name as it stands goes first
+    assert [p.mask.getpixel((3, 3)) for p in load_photos(tmp_path)] == [200, 90]
 
 
 def test_orientation_is_followed(tmp_path):

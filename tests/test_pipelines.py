@@ -253,6 +253,44 @@ def test_a_call_inside_a_call_has_a_plan_of_its_own(pipe, milo, rex, sibling):
         assert torch.equal(inner[1], latents(other, "a dog here"))
 
 
+def test_a_concept_named_in_the_last_callback_leaves_the_outer_call_right(pipe, milo, rex):
+    other = StableDiffusionPipeline(
+        **{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}, requires_safety_checker=False
+    )
+    other.set_progress_bar_config(disable=True)
+
+    def last(outer, step, timestep, kwargs):
+        if step == 1:
+            latents(other, "a <rex> there")
+        return kwargs
+
+    with infusion.attach(pipe, milo, rex):
+        assert torch.equal(latents(pipe, "a <milo> here", callback_on_step_end=last), latents(pipe, "a <milo> here"))
+
+
+def test_attaching_and_calls_that_never_end_inside_a_call(pipe, milo, rex):
+    """Some of SDXL's pipelines return latents without the last of a call's steps."""
+    other = StableDiffusionPipeline(
+        **{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}, requires_safety_checker=False
+    )
+    other.set_progress_bar_config(disable=True)
+    drawn = []
+
+    def inner(outer, step, timestep, kwargs):
+        if step == 0:
+            with infusion.attach(other, rex):
+                other.maybe_free_model_hooks = lambda: None
+                drawn.append([latents(other, text) for text in ("a <rex> there", "a dog there")])
+        return kwargs
+
+    base = latents(pipe, "a dog there")
+    with infusion.attach(pipe, milo):
+        expected = latents(pipe, "a <milo> here", num_inference_steps=3)
+        assert torch.equal(latents(pipe, "a <milo> here", num_inference_steps=3, callback_on_step_end=inner), expected)
+    assert torch.equal(drawn[0][1], base)
+    assert (drawn[0][0] - base).abs().max() > 1e-3
+
+
 def test_a_call_of_the_unet_after_the_pipelines_is_the_bases(pipe, milo):
     states = pipe.encode_prompt("a dog here", "cpu", 1, False)[0]
     sample = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))

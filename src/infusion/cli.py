@@ -237,14 +237,14 @@ def evaluate(
 
         config = EvaluateConfig(seeds=seeds)
         pictures = load_photos(photos)
-        loaded = load_adapter(adapter, word, subject)
+        loaded, checkups = load_adapter(adapter, word, subject), read_checkups(adapter)
         spaces = load_features(clip, dino)
         _writable(out / "report.html")
         _known_word(base, word)
         pipe = load_base(base, device, dtype)
         judge = shipped_judge() if base == "embedded" else None
         evaluation = measure(pipe, loaded, pictures, word, config, told, spaces, judge)
-        report = write_report(evaluation, out, base, adapter.name, read_checkups(adapter))
+        report = write_report(evaluation, out, base, adapter.name, checkups)
     for sentence in evaluation.verdict:
         say.print(sentence)
     say.print(f"The figures are in {report} and {out / 'figures.json'}.")

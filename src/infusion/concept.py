@@ -85,7 +85,7 @@ class Concept:
         for key, value in self.settings.items():
             plain = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
             plain = plain or (isinstance(value, str) and value.isprintable())
-            if not isinstance(key, str) or not plain:
+            if not isinstance(key, str) or not key.isprintable() or not plain:
                 raise InfusionError(
                     f"The setting {key!r} is {value!r}; settings are finite numbers, short words and flags."
                 )

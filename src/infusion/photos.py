@@ -52,7 +52,10 @@ def load_photos(source: str | Path | Sequence[Image.Image | Photo]) -> list[Phot
 
 def _load(path: Path, beside: Mapping[str, Path]) -> Photo:
     photo = _with_alpha(_open(path))
-    masks = [beside[m] for s in SUFFIXES if (m := (path.stem + MASK_SUFFIX + s).lower()) in beside]
+    names = [path.stem + MASK_SUFFIX + s for s in SUFFIXES]
+    masks = [m for n in names if (m := path.with_name(n)).exists()] or [
+        beside[n.lower()] for n in names if n.lower() in beside
+    ]
     return Photo(photo.image, _open(masks[0]).convert("L")) if masks else photo
 
 

@@ -146,9 +146,8 @@ class _Session:
         self.attachments: list[Attachment] = []
         self.pipelines: list[DiffusionPipeline] = []
         self.encoded: list[tuple[weakref.ref[Tensor], tuple[tuple[Mention, ...], ...]]] = []
-        self.calls: list[
-            tuple[DiffusionPipeline, Plan | None]
-        ] = []  # under way, or begun and broken off; innermost last
+        # Under way, or begun and never ended; the innermost last.
+        self.calls: list[tuple[DiffusionPipeline, Plan]] = []
 
     @classmethod
     def of(cls, unet: nn.Module) -> _Session:
@@ -206,31 +205,32 @@ class _Session:
         pipe.encode_prompt, pipe.maybe_free_model_hooks = encode_prompt, maybe_free_model_hooks
         self.pipelines.append(pipe)
 
-    def begun(self, pipe: DiffusionPipeline, plan: Plan | None) -> None:
+    def begun(self, pipe: DiffusionPipeline, plan: Plan) -> None:
         """A call of `pipe` follows `plan` until it ends; a call inside it, by a callback, is another."""
         self.calls = [*self.calls[-MAX_CALLS:], (pipe, plan)]
-        self.streams.plan = plan
+        self.streams.plans = [plan for _, plan in self.calls]
 
     def ended(self, pipe: DiffusionPipeline) -> Plan | None:
-        """The innermost call of `pipe` is over, and with it those inside that broke off. Returns its plan if no UNet call followed it."""
+        """The innermost call of `pipe` is over, and with it those inside that never ended. Returns its plan if it names a concept and
+        no UNet call followed it."""
+        unmet = None
         while any(p is pipe for p, _ in self.calls):
             caller, plan = self.calls.pop()
             if caller is pipe:
-                self.streams.plan = self.calls[-1][1] if self.calls else None
-                return plan if plan is not None and self.streams.met is not plan else None
-        return None
+                unmet = plan if any(plan.rows) and plan not in self.streams.met else None
+                break
+        self.streams.plans = [plan for _, plan in self.calls]
+        return unmet
 
     def encode(self, pipe: DiffusionPipeline, call: inspect.BoundArguments) -> Any:
         """Encode a prompt with the pipeline's own method, names replaced, and plan the rows."""
         result, rows = self._encoded(pipe, call)
         given = call.arguments
-        if not any(rows):
-            self.begun(pipe, None)
-            return result
-        if given.get("prompt_embeds") is None:
+        if any(rows) and given.get("prompt_embeds") is None:
             self.encoded = [e for e in self.encoded if e[0]() is not None]
             self.encoded.append((weakref.ref(result[0]), rows))
-        self.begun(pipe, Plan(rows, result[0], given.get("do_classifier_free_guidance")))
+        if isinstance(result[0], Tensor):  # a call without a concept has a plan too: it may run inside one that has
+            self.begun(pipe, Plan(rows or ((),) * len(result[0]), result[0], given.get("do_classifier_free_guidance")))
         return result
 
     def _encoded(self, pipe: DiffusionPipeline, call: inspect.BoundArguments) -> tuple[Any, Rows]:
@@ -276,8 +276,6 @@ class _Session:
             for name, c in a.concepts.items()
         }
         self.streams.two_streams = all(a.two_streams for a in self.attachments[-1:])
-        self.streams.plan = None
-        self.calls.clear()
 
     def _weighted(self, mentions: tuple[Mention, ...]) -> tuple[Mention, ...]:
         factors = {n: a.strength.get(n, 1.0) for a in self.attachments for n in a.concepts}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -78,7 +79,7 @@ def execution_device(pipe: DiffusionPipeline) -> torch.device:
     return pipe._execution_device
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two plans of equal text are two plans
 class Plan:
     """What the conditional rows of the coming UNet calls carry.
 
@@ -121,8 +122,8 @@ class Streams:
         self.layers = cross_attention_layers(unet)
         self.residuals: dict[str, Mapping[str, Tensor]] = {}  # concept name -> path -> residual
         self.two_streams = True
-        self.plan: Plan | None = None
-        self.met: Plan | None = None  # the last plan that a UNet call followed
+        self.plans: list[Plan] = []  # those in force, the innermost last
+        self.met: WeakSet[Plan] = WeakSet()  # those that a UNet call followed
         self.mode: Mode = "joint"
         self.recorded: dict[str, tuple[Tensor, Tensor]] = {}  # path -> (output, maps) of the foundational rows
         self._call: _Call | None = None
@@ -145,12 +146,12 @@ class Streams:
     def calls(self, plan: Plan, mode: Mode = "joint") -> Iterator[None]:
         """UNet calls within follow `plan`. "record" computes the foundational stream alone and keeps
         its outputs and maps; "replay" computes the customized stream alone from what was recorded."""
-        before = self.plan, self.mode
-        self.plan, self.mode = plan, mode
+        before = self.plans, self.mode
+        self.plans, self.mode = [plan], mode
         try:
             yield
         finally:
-            self.plan, self.mode = before
+            self.plans, self.mode = before
 
     def word_strengths(self) -> Tensor | None:
         """Of the UNet call in work, every row's strength on the concepts' words (b, m); None where no row carries one."""
@@ -226,15 +227,21 @@ class Streams:
     # --- rows ----------------------------------------------------------------------------------
 
     def _planned(self, batch: int, states: Tensor) -> _Call | None:
-        """The call's customized rows, or None for a call that carries no concept."""
-        plan = self.plan
-        if plan is None or not any(plan.rows):
-            return None
-        n = len(plan.rows)
-        if batch % n or states.shape[1:] != plan.states.shape[1:]:
-            return None
-        chunks = [torch.equal(c, plan.states.to(c)) for c in states.split(n)]
-        if not any(chunks):
+        """The call's customized rows, or None for a call that carries no concept. Of the plans in force the innermost counts whose
+        text states the call brings."""
+        for plan in reversed(self.plans):
+            n = len(plan.rows)
+            if not n or batch % n or states.shape[1:] != plan.states.shape[1:]:
+                continue
+            chunks = [torch.equal(c, plan.states.to(c)) for c in states.split(n)]
+            if any(chunks):
+                return self._following(plan, chunks, states)
+        return None
+
+    def _following(self, plan: Plan, chunks: list[bool], states: Tensor) -> _Call | None:
+        """The call by a plan whose text states are those of some `chunks` of its rows."""
+        n, batch = len(plan.rows), len(states)
+        if not any(plan.rows):
             return None
         if len(chunks) > (1 if plan.guidance is False else 2):
             raise InfusionError(
@@ -242,7 +249,7 @@ class Streams:
             )
         if not chunks[-1]:
             return None
-        self.met = plan
+        self.met.add(plan)
         return self._make_call(plan, batch - n, batch, states)
 
     def _make_call(self, plan: Plan, offset: int, batch: int, states: Tensor) -> _Call:

@@ -170,5 +170,5 @@ def masked_loss(prediction: Tensor, draw: Draw) -> Tensor:
 
 def _plain(config: LearnConfig) -> dict[str, int | float | str | bool]:
     """What a file keeps of the settings; it names its scheme itself."""
-    layers = {"layers": " ".join(config.layers)} if config.layers else {}
+    layers = {"layers": named} if 0 < len(named := " ".join(config.layers)) < 300 else {}  # the file lists them anyway
     return {k: v for k, v in asdict(config).items() if isinstance(v, int | float) and k != "scheme"} | layers
