@@ -18,7 +18,7 @@ from infusion.methods.infusion import infusion
 from infusion.methods.interface import MethodState
 from infusion.photos import Photo
 from infusion.report.curve import line_chart
-from infusion.steering import SteerConfig, _repeats, _Watch, read_checkups, steered, write_checkups
+from infusion.steering import SteerConfig, _Watch, read_checkups, steered, write_checkups
 from infusion.training import LearnConfig
 from tests.conftest import latents
 
@@ -60,18 +60,20 @@ def test_checkups_come_when_asked_and_change_nothing(pipe, lesson):
 
 @pytest.fixture
 def looks(monkeypatch):
-    """Sets what each look finds: by how much all pictures are more like the photos than they are. The first look is the base's own."""
-    stock = _Watch._likeness
+    """Sets how many of the pictures repeat a photo at each look, all (1) or none (0); none of the base's do."""
 
-    def given(**shifts):
+    def given(background, position=()):
         done = []
 
-        def likeness(self, *drawn):
+        def hits(self, *drawn):
             done.append(1)
-            found = stock(self, *drawn)
-            return {name: found[name] + ([0, *shifts[name]][len(done) - 1] if name in shifts else 0) for name in found}
+            found = [[0, *given][len(done) - 1] if given else 0 for given in (background, position)]
+            return {
+                name: torch.full((len(pictures),), bool(hit))
+                for name, pictures, hit in zip(("background", "position"), drawn, found, strict=True)
+            }
 
-        monkeypatch.setattr(_Watch, "_likeness", likeness)
+        monkeypatch.setattr(_Watch, "_hits", hits)
 
     return given
 
@@ -87,12 +89,12 @@ def test_a_method_that_repeats_is_stopped_and_the_state_before_is_kept(pipe, les
                     p.add_(0.01)
             yield MethodState(step, 8, 0.1, TunedUNet("a dog", unet))
 
-    looks(background=[-10, 10, 10], position=[-10, -10, -10])
+    looks([0, 1, 1])
     seen = run(pipe, states(), lesson, every=2)
     assert [s.state.step for s in seen] == [1, 2, 3, 4, 5, 6]
     last = seen[-1]
     assert last.stopped.startswith(
-        "Stopped at step 6: 100% of the pictures repeat the photos' background, 75 points above"
+        "Stopped at step 6: 100% of the pictures repeat the photos' background, 100 points above"
     )
     assert "step 2 is kept" in last.stopped
     kept, live = (next(a.adapter.unet.parameters()) for a in (last.best, last.state))
@@ -100,7 +102,7 @@ def test_a_method_that_repeats_is_stopped_and_the_state_before_is_kept(pipe, les
 
 
 def test_one_look_beyond_the_limit_does_not_stop(pipe, lesson, looks):
-    looks(background=[-10, 10, -10, 10], position=[-10] * 4)
+    looks([0, 1, 0, 1])
     seen = run(pipe, dreambooth(pipe, lesson, DreamBoothConfig(4, 1)), lesson, every=1)
     assert [s.checkup.repeats["background"].above > 0.1 for s in seen] == [False, True, False, True]
     assert not any(s.stopped for s in seen)
@@ -116,7 +118,7 @@ def test_without_looks_the_states_go_through(pipe, lesson):
 
 
 def test_two_looks_must_find_the_same_repeated(pipe, lesson, looks):
-    looks(background=[10, -10, -10], position=[-10, 10, 10])
+    looks([1, 0, 0], [0, 1, 1])
     seen = run(pipe, dreambooth(pipe, lesson, DreamBoothConfig(4, 1)), lesson, every=1)
     assert [bool(s.stopped) for s in seen] == [False, False, True]
     assert "of the pictures repeat the photos' position" in seen[-1].stopped
@@ -124,12 +126,12 @@ def test_two_looks_must_find_the_same_repeated(pipe, lesson, looks):
 
 
 def test_nothing_within_the_limit(pipe, lesson, looks):
-    looks(background=[10] * 4)
+    looks([1] * 4)
     seen = run(pipe, dreambooth(pipe, lesson, DreamBoothConfig(4, 1)), lesson, every=1)
     assert len(seen) == 2
     assert seen[1].best is None
     assert "no step before it was within the limit" in seen[1].stopped
-    looks(background=[10] * 4)
+    looks([1] * 4)
     assert len(run(pipe, dreambooth(pipe, lesson, DreamBoothConfig(4, 1)), lesson, every=1, stop=False)) == 4
 
 
@@ -142,15 +144,20 @@ def test_a_picture_that_stands_where_a_photo_does_repeats_its_position(pipe, les
 
     monkeypatch.setattr("infusion.steering.attention_masks", peaks)
     at = lambda *columns: torch.stack([_spot(lesson.latents[0], column) for column in columns])  # noqa: E731
-    lesson = dataclasses.replace(lesson, latents=at(3, 6))
-    watch = _Watch(pipe, lesson, SteerConfig(**QUICK), lambda *_: None)
+    watch = _Watch(pipe, dataclasses.replace(lesson, latents=at(3, 6)), SteerConfig(**QUICK), lambda *_: None)
     anywhere = torch.randn(4, *lesson.latents.shape[1:], generator=torch.Generator().manual_seed(0))
-    base = watch._likeness(anywhere, at(0, 0, 1, 1))["position"]
-    same = watch._likeness(anywhere, at(6, 6, 1, 0))["position"]
-    assert base.tolist() == pytest.approx([-3 / 8, -3 / 8, -2 / 8, -2 / 8])
-    assert same.tolist() == pytest.approx([0, 0, -2 / 8, -3 / 8])
-    found = _repeats(same, base)
-    assert (found.rate.value, found.above) == (0.5, 0.5)
+    assert watch._hits(anywhere, at(0, 1, 2, 7))["position"].tolist() == [False, False, True, True]  # an eighth away
+    assert watch._hits(anywhere, at(6, 3, 4, 1))["position"].tolist() == [True, True, True, False]
+
+
+def test_a_background_like_a_photos_more_than_the_bases_repeats_it(pipe, lesson):
+    watch = _Watch(pipe, lesson, SteerConfig(**QUICK), lambda *_: None)
+    positioned = torch.zeros(2, *lesson.latents.shape[1:])
+    photo = lesson.latents[1:2].clone()
+    photo[:, :, ~watch.outside] = 9  # whatever the subject looks like
+    hits = watch._hits(torch.cat([photo, watch.centre.float()]), positioned)["background"]
+    assert hits.tolist() == [True, False]
+    assert watch.base["background"] == pytest.approx(0.25)  # of four pictures one lies above the 0.9 quantile
 
 
 def _spot(like, column):

@@ -7,7 +7,7 @@ photos, keep the best.
 
 Works for every method of `infusion.methods`, on any base. A picture repeats the photos' background when, outside the subject, it is
 more like a photo than nine in ten of the base's own pictures of the same prompts and seeds are; it repeats their position when its subject,
-as the base's attention finds it, stands nearer to where a photo's does than in nine in ten of the base's, though left or right was asked for.
+as the base's attention finds it, stands where a photo's does, though left or right was asked for.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from infusion.metrics.similarity import centroids, cosines, spread
 from infusion.streams import require_unet
 
 QUANTILE = 0.9  # of the base's own likeness to the photos; above it lies a repeat
+NEAR = 1 / 6  # of the picture's side: subjects nearer to each other than this stand at the same place
 POSITIONED = (
     "a photo of {} on the left",
     "a photo of {} on the right",
@@ -158,7 +159,8 @@ class _Watch:
         self.places = self._places(lesson.latents)
         base = self._drawn(self.pipe, f"a {lesson.word}", "Drawing with the base")
         self.centre = base[0].mean(0, keepdim=True).cpu().double()
-        self.base = self._likeness(*base)
+        self.level = float(self._likeness(base[0]).quantile(QUANTILE))
+        self.base = {name: float(hits.double().mean()) for name, hits in self._hits(*base).items()}
         self.spread = float(self._spread(base[0]))
         others = unrelated(OTHERS, lesson.word)
         seeds = [config.seed + i for i in range(2 * len(others))]
@@ -170,8 +172,10 @@ class _Watch:
         adapter: Adapter = state.adapter
         with adapter.attached(self.pipe) as custom:
             drawn = self._drawn(custom, adapter.subject, f"Looking at step {state.step}")
-        likeness = self._likeness(*drawn)
-        repeats = {name: _repeats(likeness[name], base) for name, base in self.base.items()}
+        repeats = {}
+        for name, hits in self._hits(*drawn).items():
+            found = rate(hits)
+            repeats[name] = Repeats(found, found.value - self.base[name])
         divergence = forgetting(self.pipe, adapter, [self.others], self.config.seed)[0].eps.value
         variety = float(self._spread(drawn[0])) / self.spread
         return Checkup(state.step, state.loss, repeats, divergence, variety)
@@ -187,14 +191,16 @@ class _Watch:
         n = len(c.prompts) * c.seeds
         return latents[:n], latents[n:]
 
-    def _likeness(self, anywhere: Tensor, positioned: Tensor) -> dict[str, Tensor]:
-        """How like the nearest photo each picture is, in what it must not repeat."""
+    def _hits(self, anywhere: Tensor, positioned: Tensor) -> dict[str, Tensor]:
+        """Which pictures repeat a photo, in what they must not: each (n,) bool."""
+        distance = torch.cdist(self._places(positioned), self.places).amin(1)
+        return {"background": self._likeness(anywhere) > self.level, "position": distance < NEAR}
+
+    def _likeness(self, latents: Tensor) -> Tensor:
+        """How like the nearest photo each picture is outside the subject."""
         photos = self.lesson.latents.cpu().double() - self.centre
-        shown = anywhere.cpu().double() - self.centre
-        return {
-            "background": cosines(shown[:, :, self.outside].flatten(1), photos[:, :, self.outside].flatten(1)).amax(1),
-            "position": -torch.cdist(self._places(positioned), self.places).amin(1),
-        }
+        shown = latents.cpu().double() - self.centre
+        return cosines(shown[:, :, self.outside].flatten(1), photos[:, :, self.outside].flatten(1)).amax(1)
 
     def _places(self, latents: Tensor) -> Tensor:
         """Where the subject stands in each picture, by the untouched base's attention: (n, 2), shares of height and width."""
@@ -203,12 +209,6 @@ class _Watch:
 
     def _spread(self, latents: Tensor) -> Tensor:
         return spread(latents.cpu().double().flatten(1).unflatten(0, (-1, self.config.seeds))).mean()
-
-
-def _repeats(likeness: Tensor, base: Tensor) -> Repeats:
-    level = base.quantile(QUANTILE)
-    found = rate(likeness > level)
-    return Repeats(found, found.value - float((base > level).double().mean()))
 
 
 def write_checkups(adapter: Path, checkups: Sequence[Mapping[str, Any]]) -> Path:
