@@ -87,7 +87,8 @@ def _peaks(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _steps(peaks: np.ndarray) -> np.ndarray:
-    return (peaks.astype(np.uint32) << 16).view(np.float32) / np.float32(LEVELS)
+    with np.errstate(invalid="ignore"):  # a damaged file's NaN is refused where concepts are checked
+        return (peaks.astype(np.uint32) << 16).view(np.float32) / np.float32(LEVELS)
 
 
 def _pack6(codes: np.ndarray) -> bytes:
