@@ -13,7 +13,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from infusion.concept import Concept
-from infusion.streams import value_lengths
+from infusion.naive import naive_prediction
+from infusion.prompts import parse
+from infusion.streams import Plan, value_lengths
 from infusion.world.tokenizer import build_tokenizer
 
 
@@ -96,3 +98,23 @@ def latents(pipe: StableDiffusionPipeline, prompt: object, **kwargs: object) -> 
     generator = [torch.Generator().manual_seed(i) for i in range(count)]
     options = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent", "generator": generator}
     return pipe(prompt, **{**options, **kwargs}).images  # type: ignore[operator]
+
+
+def naive_latents(pipe: StableDiffusionPipeline, concept: Concept, prompt: str, **kwargs: object) -> torch.Tensor:
+    """The stock pipeline under the class word, its UNet replaced by two passes written out for the conditional rows."""
+    base, unet = copy.deepcopy(pipe.unet), pipe.unet
+    parsed = parse(prompt, {concept.name: concept.word}, pipe.tokenizer)
+
+    def forward(sample, timestep, encoder_hidden_states=None, **rest):
+        out = base(sample, timestep, encoder_hidden_states).sample
+        states = encoder_hidden_states[-1:]
+        plan = Plan((parsed.mentions,), states)
+        residuals = {concept.name: concept.residuals}
+        out[-1:] = naive_prediction(base, sample[-1:], timestep, states, plan, residuals)
+        return (out,)
+
+    unet.forward = forward
+    try:
+        return latents(pipe, parsed.text, **kwargs)
+    finally:
+        del unet.forward

@@ -42,7 +42,7 @@ def lora(pipe, tmp_path):
 def embedding(pipe, tmp_path):
     vector = 0.1 * torch.randn(1, 12, generator=torch.Generator().manual_seed(0))
     save_file({"<milo>": vector}, tmp_path / "e.safetensors")
-    return WordEmbedding("a <milo>", "<milo>", vector), tmp_path / "e.safetensors"
+    return WordEmbedding("<milo>", vector), tmp_path / "e.safetensors"
 
 
 @pytest.mark.parametrize("make", [lora, embedding])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -80,8 +82,8 @@ def test_a_single_checkpoint_file_offline(tmp_path):
     milo = random_concept(loaded.unet)
     with infusion.attach(loaded, milo):
         assert not torch.equal(latents(loaded, "a <milo>"), latents(loaded, "a dog"))
-    # Weights read from a file lie at other addresses, which may choose other kernels.
-    assert torch.allclose(latents(loaded, "a dog"), latents(pipe, "a dog"), atol=1e-4)
+    # A copy, since weights that lie in a file's memory are aligned otherwise, which may choose other kernels.
+    assert torch.equal(latents(copy.deepcopy(loaded), "a dog"), latents(pipe, "a dog"))
 
 
 @pytest.mark.parametrize(
@@ -127,8 +129,8 @@ def test_load_base_takes_a_single_file(tmp_path, monkeypatch):
     monkeypatch.setattr("infusion.base.family_of", lambda shapes: "stable-diffusion-v1")
     loaded = infusion.load_base(path, device="cpu")
     loaded.set_progress_bar_config(disable=True)
-    # Weights read from a file lie at other addresses, which may choose other kernels.
-    assert torch.allclose(latents(loaded, "a dog"), latents(pipe, "a dog"), atol=1e-4)
+    # A copy, since weights that lie in a file's memory are aligned otherwise, which may choose other kernels.
+    assert torch.equal(latents(copy.deepcopy(loaded), "a dog"), latents(pipe, "a dog"))
     headless = {k: v for k, v in original_layout(pipe).items() if not k.startswith("cond_stage_model")}
     save_file(headless, path)
     with pytest.raises(InfusionError, match=r"model\.safetensors' cannot be loaded"):

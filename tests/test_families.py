@@ -19,8 +19,7 @@ from infusion.photos import load_photos
 from infusion.streams import Plan, Streams
 from infusion.training import LearnConfig
 from infusion.world.tokenizer import build_tokenizer
-from tests.conftest import latents, random_concept, tiny_unet
-from tests.test_pipelines import naive_latents
+from tests.conftest import latents, naive_latents, random_concept, tiny_unet
 
 
 @pytest.fixture(scope="session")

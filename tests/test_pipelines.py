@@ -20,18 +20,15 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPAGPipeline,
-    StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
 
 import infusion
 from infusion.concept import BaseInfo
 from infusion.errors import InfusionError
-from infusion.naive import naive_prediction
+from infusion.methods.interface import rebuilt
 from infusion.pipelines import _stock_register
-from infusion.prompts import parse
-from infusion.streams import Plan
-from tests.conftest import latents, random_concept, tiny_unet
+from tests.conftest import latents, naive_latents, random_concept, tiny_unet
 
 PROMPTS = ["a dog on the beach", "a dog on the beach", "a teddy bear in the snow"]
 
@@ -101,26 +98,6 @@ def test_several_images_per_prompt(pipe, milo):
         generator = [torch.Generator().manual_seed(i) for i in (0, 1)]
         two = latents(pipe, ["a <milo> here"] * 2, generator=generator)
     assert torch.allclose(four[:2], two, atol=1e-4)
-
-
-def naive_latents(pipe, concept, prompt, **kwargs):
-    """The stock pipeline under the class word, its UNet replaced by two passes written out for the conditional rows."""
-    base, unet = copy.deepcopy(pipe.unet), pipe.unet
-    parsed = parse(prompt, {concept.name: concept.word}, pipe.tokenizer)
-
-    def forward(sample, timestep, encoder_hidden_states=None, **rest):
-        out = base(sample, timestep, encoder_hidden_states).sample
-        states = encoder_hidden_states[-1:]
-        plan = Plan((parsed.mentions,), states)
-        residuals = {concept.name: concept.residuals}
-        out[-1:] = naive_prediction(base, sample[-1:], timestep, states, plan, residuals)
-        return (out,)
-
-    unet.forward = forward
-    try:
-        return latents(pipe, parsed.text, **kwargs)
-    finally:
-        del unet.forward
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 7.5])
@@ -229,8 +206,7 @@ def test_two_rows_a_picture_without_guidance_are_refused(pipe, milo):
 
 @pytest.mark.parametrize("sibling", [True, False])
 def test_a_call_inside_a_call_has_a_plan_of_its_own(pipe, milo, rex, sibling):
-    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False) if sibling else pipe
-    other.set_progress_bar_config(disable=True)
+    other = rebuilt(pipe) if sibling else pipe
     schedulers = [copy.deepcopy(pipe.scheduler) for _ in range(2)]
     inner = []
 
@@ -242,22 +218,16 @@ def test_a_call_inside_a_call_has_a_plan_of_its_own(pipe, milo, rex, sibling):
 
     with infusion.attach(pipe, milo, rex):
         pipe.scheduler = schedulers[0]
-        if sibling:
-            expected = latents(pipe, "a <milo> here", num_inference_steps=3)
-            drawn = latents(pipe, "a <milo> here", num_inference_steps=3, callback_on_step_end=draw_another)
-            assert torch.equal(drawn, expected)
-        else:  # one pipeline's own fields are the inner call's after it; the concept must be there all the same
-            latents(pipe, "a <milo> here", num_inference_steps=2, callback_on_step_end=draw_another)
+        expected = latents(pipe, "a <milo> here", num_inference_steps=3)
+        drawn = latents(pipe, "a <milo> here", num_inference_steps=3, callback_on_step_end=draw_another)
+        assert torch.equal(drawn, expected)
         other.scheduler = schedulers[1]
         assert torch.equal(inner[0], latents(other, "a <rex> here"))
         assert torch.equal(inner[1], latents(other, "a dog here"))
 
 
 def test_a_concept_named_in_the_last_callback_leaves_the_outer_call_right(pipe, milo, rex):
-    other = StableDiffusionPipeline(
-        **{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}, requires_safety_checker=False
-    )
-    other.set_progress_bar_config(disable=True)
+    other = rebuilt(pipe, scheduler=copy.deepcopy(pipe.scheduler))
 
     def last(outer, step, timestep, kwargs):
         if step == 1:
@@ -270,10 +240,7 @@ def test_a_concept_named_in_the_last_callback_leaves_the_outer_call_right(pipe, 
 
 def test_attaching_and_calls_that_never_end_inside_a_call(pipe, milo, rex):
     """Some of SDXL's pipelines return latents without the last of a call's steps."""
-    other = StableDiffusionPipeline(
-        **{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}, requires_safety_checker=False
-    )
-    other.set_progress_bar_config(disable=True)
+    other = rebuilt(pipe, scheduler=copy.deepcopy(pipe.scheduler))
     drawn = []
 
     def inner(outer, step, timestep, kwargs):

@@ -98,11 +98,12 @@ def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
             "other bases are given as a diffusers folder or a hub id."
         )
     components = dict(FAMILIES[family])
-    if family == "stable-diffusion-v2" and _predicts_noise(path, metadata):
-        components["scheduler"] = {**components["scheduler"], "prediction_type": "epsilon"}
-    side = metadata.get("modelspec.resolution", "").partition("x")[0]
-    if family == "stable-diffusion-v2" and (side == "512" or (not side and _predicts_noise(path, metadata))):
-        components["unet"] = {**components["unet"], "sample_size": 64}
+    if family == "stable-diffusion-v2":  # one architecture, two trainings
+        noise, side = _predicts_noise(path, metadata), metadata.get("modelspec.resolution", "").partition("x")[0]
+        if noise:
+            components["scheduler"] = {**components["scheduler"], "prediction_type": "epsilon"}
+        if side == "512" or (noise and not side):
+            components["unet"] = {**components["unet"], "sample_size": 64}
     return from_checkpoint(path, components, dtype)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from infusion.errors import InfusionError
 from infusion.features import FeatureFigures, Features, feature_figures, left_out
-from infusion.generation import Picture, Progress, denoiser, generate
+from infusion.generation import Picture, Progress, denoiser, generate, of_each
 from infusion.judged import JudgedFigures, judged_figures
 from infusion.lesson import Lesson, encode_pictures, prepare_lesson
 from infusion.methods.interface import Adapter, rebuilt
@@ -142,8 +142,7 @@ def evaluate(
     config, told = config or EvaluateConfig(), progress or (lambda *_: None)
     solver = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe = rebuilt(pipe, scheduler=solver)
-    texts = [p for p in config.prompts for _ in range(config.seeds)]
-    seeds = [config.seed + 1000 * i + j for i in range(len(config.prompts)) for j in range(config.seeds)]
+    texts, seeds = of_each(config.prompts, config.seeds, config.seed)
 
     def drawn(label: str, pipe: DiffusionPipeline, prompts: list[str], seeds: list[int]) -> list[Picture]:
         on_step = lambda a, b: told(label, a, b)  # noqa: E731

@@ -31,6 +31,12 @@ class Picture:
     seed: int
 
 
+def of_each(prompts: Sequence[str], count: int, seed: int) -> tuple[list[str], list[int]]:
+    """`count` pictures of each prompt: the prompts, and seeds that depend on a prompt's place and not on `count`."""
+    texts = [p for p in prompts for _ in range(count)]
+    return texts, [seed + 1000 * i + j for i in range(len(prompts)) for j in range(count)]
+
+
 def generate(
     pipe: DiffusionPipeline,
     prompts: Sequence[str],

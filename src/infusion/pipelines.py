@@ -145,7 +145,7 @@ class _Session:
         self.streams = Streams(unet)
         self.attachments: list[Attachment] = []
         self.pipelines: list[DiffusionPipeline] = []
-        self.encoded: list[tuple[weakref.ref[Tensor], tuple[tuple[Mention, ...], ...]]] = []
+        self.encoded: list[tuple[weakref.ref[Tensor], Rows]] = []
         # Under way, or begun and never ended; the innermost last.
         self.calls: list[tuple[DiffusionPipeline, Plan]] = []
 
@@ -269,9 +269,9 @@ class _Session:
 
     def _refresh(self) -> None:
         """Later attachments go before earlier ones of the same name."""
-        like = {"device": execution_device(self.pipelines[0])} if self.pipelines else {}
+        device = execution_device(self.pipelines[0])
         self.streams.residuals = {
-            name: {path: r.to(**like) for path, r in c.residuals.items()}
+            name: {path: r.to(device) for path, r in c.residuals.items()}
             for a in self.attachments
             for name, c in a.concepts.items()
         }

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from infusion.errors import InfusionError
 from infusion.evaluation import OTHERS, PROMPTS, forgetting, unrelated
-from infusion.generation import Progress, generate
+from infusion.generation import Progress, generate, of_each
 from infusion.lesson import Lesson, attention_masks, encode_pictures
 from infusion.methods.interface import Adapter, MethodState, rebuilt
 from infusion.metrics.estimate import Estimate, rate
@@ -183,9 +183,7 @@ class _Watch:
     def _drawn(self, pipe: DiffusionPipeline, subject: str, label: str) -> tuple[Tensor, Tensor]:
         """Latents of the pictures of the prompts and of the positioned prompts, `seeds` of each."""
         c = self.config
-        prompts = [*c.prompts, *c.positioned]
-        texts = [p.format(subject) for p in prompts for _ in range(c.seeds)]
-        seeds = [c.seed + 1000 * i + j for i in range(len(prompts)) for j in range(c.seeds)]
+        texts, seeds = of_each([p.format(subject) for p in (*c.prompts, *c.positioned)], c.seeds, c.seed)
         pictures = generate(pipe, texts, seeds, c.steps, c.guidance_scale, on_step=lambda a, b: self.told(label, a, b))
         latents = encode_pictures(self.pipe, [p.image for p in pictures])
         n = len(c.prompts) * c.seeds

@@ -113,10 +113,9 @@ def states(job: Job, pipe: DiffusionPipeline, lesson: Lesson, chosen: Case) -> I
         yield MethodState(0, 0, 0.0, Words(chosen.described()))
     else:
         learn, config = METHODS[job.method]
-        own = {f.name for f in fields(config)}
-        extra: dict[str, Any] = {k: v for k, v in job.settings.items() if k not in own}  # as Infusion's strength
-        chosen_settings = {k: v for k, v in job.settings.items() if k in own}
-        settings = config(**chosen_settings, steps=job.points[-1], batch=job.batch, seed=job.seed)
+        extra: dict[str, Any] = dict(job.settings)
+        own = {f.name: extra.pop(f.name) for f in fields(config) if f.name in extra}  # left is Infusion's strength
+        settings = config(**own, steps=job.points[-1], batch=job.batch, seed=job.seed)
         if job.prior:
             extra["prior"] = prior_lesson(pipe, lesson, job.prior, job.denoising_steps)
         if job.method == "perfusion":

@@ -76,7 +76,7 @@ def custom_diffusion(
         layer.register_forward_hook(_first_token_detached)
     weights = {path: layer.weight.requires_grad_(True) for path, layer in projections(unet).items()}
     learned = [*weights.values(), word.embedding]
-    adapter = KeysAndValues(f"a {called}", WordEmbedding(f"a {word.token}", word.token, word.embedding), weights)
+    adapter = KeysAndValues(f"a {called}", WordEmbedding(word.token, word.embedding), weights)
     yield from preserving(
         unet, learned, lesson, prior, config, adapter, states=lambda draw: word.states(ids[draw.captions])
     )

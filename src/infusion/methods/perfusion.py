@@ -129,9 +129,7 @@ def perfusion(
     )
     generator = torch.Generator().manual_seed(config.seed)
     edit = Edit(class_state.clone(), inverse, outputs, config.beta, config.tau)
-    adapter = Perfused(
-        f"a {word.token}", WordEmbedding(f"a {word.token}", word.token, word.embedding), edit, class_state, config
-    )
+    adapter = Perfused(f"a {word.token}", WordEmbedding(word.token, word.embedding), edit, class_state, config)
     trained = [*learned.values(), word.embedding]
     for step in range(1, config.steps + 1):
         draw = lesson.draw(config.batch, generator)

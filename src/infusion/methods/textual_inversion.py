@@ -36,9 +36,13 @@ class TextualInversionConfig:
 class WordEmbedding:
     """One embedding (1, d) for `token`; prompts call the subject "a <name>", as the captions did that it was learned from."""
 
-    subject: str
     token: str
     embedding: Tensor
+
+    @property
+    def subject(self) -> str:
+        """ "a <name>"."""
+        return f"a {self.token}"
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The embedding, under its token as textual-inversion files have it."""
@@ -69,7 +73,7 @@ def textual_inversion(
     unet = require_unet(pipe)
     optimizer = torch.optim.AdamW([word.embedding], config.learning_rate, weight_decay=1e-2)
     generator = torch.Generator().manual_seed(config.seed)
-    adapter = WordEmbedding(f"a {word.token}", word.token, word.embedding)
+    adapter = WordEmbedding(word.token, word.embedding)
     for step in range(1, config.steps + 1):
         draw = lesson.draw(config.batch, generator)
         loss = denoising_loss(unet, draw, word.states(ids[draw.captions]))
