@@ -1,19 +1,22 @@
-"""A diffusers pipeline's weights in the original Stable Diffusion 1.x layout, as community checkpoints have them.
+"""A diffusers pipeline's weights in the original layouts of Stable Diffusion 1.x, 2.x and XL, as community checkpoints have them.
 
-Four UNet blocks with two layers each, as the layout fixes them; widths are free. Names after CompVis's modules.
+UNet blocks of two layers each, as the layouts fix them; widths are free. Names after CompVis's, OpenCLIP's and Stability's modules.
 """
 
 from __future__ import annotations
 
 import re
 
+import torch
 from torch import Tensor
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
-FIXED = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}  # fmt: skip
+FIXED = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2", "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}  # fmt: skip
+OPEN_CLIP = {"final_layer_norm": "ln_final", "encoder.layers.": "transformer.resblocks.", ".layer_norm": ".ln_", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "embeddings.token_embedding.weight": "token_embedding.weight", "embeddings.position_embedding.weight": "positional_embedding"}  # fmt: skip
 
 
-def unet_name(name: str) -> str:
+def unet_name(name: str, attended: set[str]) -> str:
+    """attended: "up_blocks.1" and the like, blocks with attention, whose upsampler comes third."""
     stem, _, kind = name.rpartition(".")
     if stem in FIXED:
         return f"{FIXED[stem]}.{kind}"
@@ -28,7 +31,7 @@ def unet_name(name: str) -> str:
     if what == "downsamplers":
         return f"input_blocks.{3 * (i + 1)}.0.op.{rest.removeprefix('conv.')}"
     if what == "upsamplers":
-        return f"output_blocks.{3 * i + 2}.{1 if i == 0 else 2}.{rest}"
+        return f"output_blocks.{3 * i + 2}.{2 if f'up_blocks.{i}' in attended else 1}.{rest}"
     block = f"input_blocks.{3 * i + j + 1}" if side == "down" else f"output_blocks.{3 * i + j}"
     return f"{block}.{0 if what == 'resnets' else 1}.{rest}"
 
@@ -57,13 +60,39 @@ def vae_name(name: str) -> str:
     return name
 
 
+def open_clip(encoder, prefix: str) -> dict[str, Tensor]:
+    """A CLIP text encoder's weights under OpenCLIP's names: query, key and value in one, the projection transposed."""
+    state, weights = {}, {k.removeprefix("text_model."): v for k, v in encoder.state_dict().items()}
+    for name, value in weights.items():
+        if m := re.fullmatch(r"(encoder\.layers\.\d+)\.self_attn\.q_proj\.(weight|bias)", name):
+            value = torch.cat([weights[f"{m[1]}.self_attn.{x}_proj.{m[2]}"] for x in "qkv"])
+            name = f"{m[1]}.attn.in_proj_{m[2]}"
+        elif re.search(r"self_attn\.[kv]_proj", name):
+            continue
+        elif name == "text_projection.weight":
+            name, value = "text_projection", value.T
+        for ours, theirs in OPEN_CLIP.items():
+            name = name.replace(ours, theirs)
+        state[prefix + name] = value
+    return state
+
+
 def original_layout(pipe) -> dict[str, Tensor]:
-    """All weights of a Stable Diffusion 1.x pipeline under their original names."""
-    state = {f"model.diffusion_model.{unet_name(k)}": v for k, v in pipe.unet.state_dict().items()}
+    """All weights of a pipeline under their original names."""
+    names = pipe.unet.state_dict()
+    attended = {k.partition(".attentions")[0] for k in names if ".attentions." in k}
+    state = {f"model.diffusion_model.{unet_name(k, attended)}": v for k, v in names.items()}
     for k, v in pipe.vae.state_dict().items():
         name = vae_name(k)
         conv = "attn_1." in name and name.endswith("weight") and ".norm." not in name
         state[f"first_stage_model.{name}"] = v[:, :, None, None] if conv else v
-    for k, v in pipe.text_encoder.state_dict().items():
-        state[f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}"] = v
+    xl = hasattr(pipe, "text_encoder_2")
+    if pipe.text_encoder.config.hidden_act == "gelu":
+        state |= open_clip(pipe.text_encoder, "cond_stage_model.model.")
+    else:
+        prefix = "conditioner.embedders.0.transformer." if xl else "cond_stage_model.transformer."
+        for k, v in pipe.text_encoder.state_dict().items():
+            state[f"{prefix}text_model.{k.removeprefix('text_model.')}"] = v
+    if xl:
+        state |= open_clip(pipe.text_encoder_2, "conditioner.embedders.1.model.")
     return {k: v.contiguous() for k, v in state.items()}

@@ -6,9 +6,17 @@ import copy
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import infusion
 from infusion.base import _load_single_file, _predicts_noise, from_checkpoint
@@ -18,29 +26,56 @@ from infusion.streams import value_lengths
 from tests.conftest import latents, random_concept, tiny_pipeline
 from tests.original_layout import original_layout
 
-# Stable Diffusion 1.5's configuration with small widths.
-TINY = {
-    "unet": {**FAMILIES["stable-diffusion-v1"]["unet"], "block_out_channels": [8, 8, 16, 16], "cross_attention_dim": 12, "attention_head_dim": 2, "norm_num_groups": 4, "sample_size": 8},
-    "vae": {**FAMILIES["stable-diffusion-v1"]["vae"], "block_out_channels": [4, 4, 8, 8], "norm_num_groups": 4, "sample_size": 64},
-    "text_encoder": {**FAMILIES["stable-diffusion-v1"]["text_encoder"], "hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 12},
-    "scheduler": FAMILIES["stable-diffusion-v1"]["scheduler"],
+def small(family: str, width: int, encoders: dict[str, int], **unet) -> dict[str, dict]:
+    """A family's configurations with small widths: `width` of the text, `encoders` of each text encoder."""
+    config = FAMILIES[family]
+    blocks = len(config["unet"]["block_out_channels"])
+    return {
+        "unet": {**config["unet"], "block_out_channels": [8, 8, 16, 16][-blocks:], "cross_attention_dim": width, "attention_head_dim": 2, "norm_num_groups": 4, "sample_size": 8, **unet},
+        "vae": {**config["vae"], "block_out_channels": [4, 4, 8, 8], "norm_num_groups": 4, "sample_size": 64},
+        **{
+            name: {**config[name], "hidden_size": hidden, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": hidden}
+            for name, hidden in encoders.items()
+        },
+        "scheduler": config["scheduler"],
+    }  # fmt: skip
+
+
+SMALL = {
+    "stable-diffusion-v1": small("stable-diffusion-v1", 12, {"text_encoder": 12}),
+    "stable-diffusion-v2": small("stable-diffusion-v2", 20, {"text_encoder": 20}),
+    "stable-diffusion-xl-v1-base": small(
+        "stable-diffusion-xl-v1-base", 32, {"text_encoder": 12, "text_encoder_2": 20},
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=20 + 6 * 8, transformer_layers_per_block=[1, 2, 3],
+    ),
 }  # fmt: skip
+TINY = SMALL["stable-diffusion-v1"]
 
 
-def tiny_sd15() -> StableDiffusionPipeline:
+def random_pipeline(family: str) -> DiffusionPipeline:
+    """A pipeline of the family in small, of random weights."""
     torch.manual_seed(0)
-    pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_config(TINY["vae"]).eval(),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**TINY["text_encoder"])).eval(),
-        tokenizer=clip_tokenizer(),
-        unet=UNet2DConditionModel.from_config(TINY["unet"]).eval(),
-        scheduler=DDIMScheduler.from_config(TINY["scheduler"]),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    config, xl = SMALL[family], "text_encoder_2" in SMALL[family]
+    parts = {
+        "vae": AutoencoderKL.from_config(config["vae"]).eval(),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**config["text_encoder"])).eval(),
+        "tokenizer": clip_tokenizer("!" if family == "stable-diffusion-v2" else "<|endoftext|>"),
+        "unet": UNet2DConditionModel.from_config(config["unet"]).eval(),
+        "scheduler": (EulerDiscreteScheduler if xl else DDIMScheduler).from_config(config["scheduler"]),
+    }
+    if xl:
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**config["text_encoder_2"])).eval()
+        pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=clip_tokenizer("!"))
+    else:
+        pipe = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_sd15() -> DiffusionPipeline:
+    return random_pipeline("stable-diffusion-v1")
 
 
 def test_clip_tokenizer_is_clips():
@@ -70,12 +105,13 @@ def test_families_have_the_known_layers(family, layers, values):
     assert sum(lengths.values()) == values
 
 
-def test_a_single_checkpoint_file_offline(tmp_path):
-    pipe = tiny_sd15()
+@pytest.mark.parametrize("family", SMALL)
+def test_a_single_checkpoint_file_offline(tmp_path, family):
+    pipe = random_pipeline(family)
     save_file(original_layout(pipe), tmp_path / "model.safetensors")
-    loaded = from_checkpoint(tmp_path / "model.safetensors", TINY, torch.float32)
+    loaded = from_checkpoint(tmp_path / "model.safetensors", SMALL[family], torch.float32)
     loaded.set_progress_bar_config(disable=True)
-    for part in ("unet", "vae", "text_encoder"):
+    for part in (name for name in SMALL[family] if name != "scheduler"):
         ours, theirs = getattr(pipe, part).state_dict(), getattr(loaded, part).state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)

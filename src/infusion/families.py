@@ -165,9 +165,8 @@ def write_configuration(components: dict[str, Config], folder: Path) -> Path:
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
     }
-    tokenizers = {
-        "tokenizer": clip_tokenizer("!" if components["unet"]["cross_attention_dim"] == 1024 else "<|endoftext|>")
-    }
+    open_clip = components["text_encoder"]["hidden_act"] == "gelu"
+    tokenizers = {"tokenizer": clip_tokenizer("!" if open_clip else "<|endoftext|>")}
     if xl:
         index |= {
             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
