@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import lzma
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from infusion.photos import load_photos
 from infusion.streams import value_lengths
 from infusion.training import LearnConfig
 
+TEXT_WIDTH = 768
 LENGTHS = (320, 320, 640, 640, 1280, 1280, 1280, 1280, 1280, 1280, 640, 640, 640, 320, 320, 320)
 
 
@@ -55,6 +57,11 @@ def entropy_coded(values: np.ndarray, step: float, coder) -> tuple[int, np.ndarr
         out[part] = q * width
         codes.append(q.astype(np.int8))
     return len(coder(np.concatenate(codes).tobytes())) + 2 * len(LENGTHS), out
+
+
+def one_vector(values: np.ndarray, projections: np.ndarray) -> np.ndarray:
+    """Shared structure: the nearest values that one vector of the text's space gives through the layers' value projections (n, width)."""
+    return projections @ np.linalg.lstsq(projections, values, rcond=None)[0]
 
 
 def ideal_bits(values: np.ndarray, step: float) -> float:
@@ -85,6 +92,7 @@ def main() -> list[tuple[str, int, float]]:
         "steps of 0.08 sigma, zlib": lambda v: entropy_coded(v, 0.08, lambda b: zlib.compress(b, 9)),
         "steps of 0.08 sigma, lzma": lambda v: entropy_coded(v, 0.08, lzma.compress),
         "steps of 0.08 sigma, perfect coder": lambda v: (round(ideal_bits(v, 0.08)), entropy_coded(v, 0.08, bytes)[1]),
+        "one vector of the text, fp16": lambda v: (2 * TEXT_WIDTH, one_vector(v, random_projections())),
         "int8 of 15 layers (no mid block)": lambda v: (
             11_200 + 30,
             np.where(_in_mid_block(), 0, uniform(v, 8, None)[1]),
@@ -103,8 +111,8 @@ def main() -> list[tuple[str, int, float]]:
     return rows
 
 
-def learned(work: Path) -> list[tuple[str, float, float, float, float, float]]:
-    """Print and return, per subject: relative error (L2) of the grid; validation loss of the base, with fp32 and with 6-bit
+def learned(work: Path) -> list[tuple[str, float, float, float, float, float, float]]:
+    """Print and return, per subject: relative error (L2) of the grid, and of one vector shared by all layers; validation loss of the base, with fp32 and with 6-bit
     values; and the mean difference between the pictures of the two, of 255, over the twelve prompts."""
     rows = []
     for name, subject, background in SUBJECTS:
@@ -120,11 +128,21 @@ def learned(work: Path) -> list[tuple[str, float, float, float, float, float]]:
             with infusion.attach(pipe, concept):
                 drawn = generate(pipe, [p.format(f"<{name}>") for p in PROMPTS], list(range(len(PROMPTS))))
             pictures.append(np.stack([np.asarray(p.image, np.float32) for p in drawn]))
+        weights = torch.cat([pipe.unet.get_submodule(f"{p}.to_v").weight for p in exact.residuals]).detach().numpy()
+        shared = np.linalg.norm(one_vector(a.numpy(), weights) - a.numpy()) / np.linalg.norm(a.numpy())
         means = [sum(loss.values()) / len(loss) for loss in losses]
-        rows.append((name, float((a - b).norm() / a.norm()), *means, float(np.abs(pictures[0] - pictures[1]).mean())))
-        name, error, base, fp32, q6, moved = rows[-1]
+        rows.append(
+            (
+                name,
+                float((a - b).norm() / a.norm()),
+                float(shared),
+                *means,
+                float(np.abs(pictures[0] - pictures[1]).mean()),
+            )
+        )
+        name, error, shared, base, fp32, q6, moved = rows[-1]
         print(
-            f"{name:8} error {error:.2%}   loss {base:.5f} (base) {fp32:.5f} (fp32) {q6:.5f} (q6)   pictures {moved:.2f} of 255"
+            f"{name:8} error {error:.2%} (one vector {shared:.1%})   loss {base:.5f} (base) {fp32:.5f} (fp32) {q6:.5f} (q6)   pictures {moved:.2f} of 255"
         )
     return rows
 
@@ -135,6 +153,11 @@ def named_header() -> int:
         lengths = value_lengths(UNet2DConditionModel.from_config(FAMILIES["stable-diffusion-v1"]["unet"]))
     content = save({path: torch.zeros(n * 6 // 8, dtype=torch.uint8) for path, n in lengths.items()})
     return int.from_bytes(content[:8], "little")
+
+
+@cache
+def random_projections() -> np.ndarray:
+    return np.random.default_rng(99).normal(size=(sum(LENGTHS), TEXT_WIDTH))
 
 
 def _in_mid_block() -> np.ndarray:

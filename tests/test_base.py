@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,12 +20,13 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import infusion
-from infusion.base import _load_single_file, _predicts_noise, from_checkpoint
+from infusion.base import _load_single_file, _predicts, from_checkpoint
 from infusion.errors import InfusionError
 from infusion.families import FAMILIES, clip_tokenizer, family_of
 from infusion.streams import value_lengths
 from tests.conftest import latents, random_concept, tiny_pipeline
 from tests.original_layout import original_layout
+
 
 def small(family: str, width: int, encoders: dict[str, int], **unet) -> dict[str, dict]:
     """A family's configurations with small widths: `width` of the text, `encoders` of each text encoder."""
@@ -141,20 +143,47 @@ def test_side_and_prediction_of_a_2x_checkpoint(tmp_path, monkeypatch, metadata,
 
 
 @pytest.mark.parametrize(
-    ("name", "metadata", "noise"),
+    ("name", "metadata", "predicted"),
     [
-        ("v2-1_512-ema-pruned", {}, True),
-        ("v2-1_768-ema-pruned", {}, False),
-        ("model", {}, False),
-        ("model", {"modelspec.resolution": "512x512"}, True),
-        ("from-512", {"modelspec.resolution": "768x768", "modelspec.hash_sha256": "0x5120"}, False),
-        ("model", {"modelspec.date": "2023-05-12", "sshs_model_hash": "a512"}, False),
-        ("from-512", {"modelspec.prediction_type": "v", "modelspec.resolution": "512x512"}, False),
-        ("model", {"modelspec.prediction_type": "epsilon"}, True),
+        ("v2-1_512-ema-pruned", {}, "epsilon"),
+        ("v2-1_768-ema-pruned", {}, "v_prediction"),
+        ("model", {}, "v_prediction"),
+        ("model", {"modelspec.resolution": "512x512"}, "epsilon"),
+        ("from-512", {"modelspec.resolution": "768x768", "modelspec.hash_sha256": "0x5120"}, "v_prediction"),
+        ("model", {"modelspec.date": "2023-05-12", "sshs_model_hash": "a512"}, "v_prediction"),
+        ("from-512", {"modelspec.prediction_type": "v", "modelspec.resolution": "512x512"}, "v_prediction"),
+        ("model", {"modelspec.prediction_type": "epsilon"}, "epsilon"),
     ],
 )
-def test_what_a_2x_checkpoint_predicts(tmp_path, name, metadata, noise):
-    assert _predicts_noise(tmp_path / f"{name}.safetensors", metadata) == noise
+def test_what_a_2x_checkpoint_predicts(tmp_path, name, metadata, predicted):
+    assert _predicts("stable-diffusion-v2", tmp_path / f"{name}.safetensors", metadata, False) == predicted
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion-v1", "stable-diffusion-xl-v1-base"])
+@pytest.mark.parametrize(
+    ("metadata", "marked", "predicted"),
+    [
+        ({}, False, "epsilon"),
+        ({}, True, "v_prediction"),
+        ({"modelspec.prediction_type": "v"}, False, "v_prediction"),
+        ({"modelspec.prediction_type": "epsilon"}, True, "epsilon"),
+        ({"modelspec.resolution": "768x768"}, False, "epsilon"),
+    ],
+)
+def test_what_other_checkpoints_predict(family, metadata, marked, predicted):
+    assert _predicts(family, Path("model-512.safetensors"), metadata, marked) == predicted
+
+
+def test_a_checkpoint_marked_as_predicting_velocity_and_told_otherwise(tmp_path, monkeypatch):
+    path, family = tmp_path / "model.safetensors", "stable-diffusion-xl-v1-base"
+    pipe = random_pipeline(family)
+    save_file(original_layout(pipe) | {"v_pred": torch.empty(0)}, path)
+    monkeypatch.setitem(FAMILIES, family, SMALL[family])
+    assert infusion.load_base(path, device="cpu").scheduler.config.prediction_type == "v_prediction"
+    told = infusion.load_base(path, device="cpu", prediction="epsilon")
+    assert told.scheduler.config.prediction_type == "epsilon"
+    with pytest.raises(InfusionError, match="prediction is 'noise'; use one of epsilon, v_prediction"):
+        infusion.load_base(path, prediction="noise")
 
 
 def test_load_base_takes_a_single_file(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from infusion.base import load_base
@@ -189,7 +190,30 @@ def test_a_name_without_any_concept(run, tmp_path):
     assert "no concept is loaded; give its file with --concept" in said
 
 
-def test_ctrl_c_keeps_what_was_learned(photos, tmp_path):
+def test_an_error_on_the_way_keeps_what_was_learned_and_what_was_there(run, photos, tmp_path, monkeypatch):
+    out = tmp_path / "milo.safetensors"
+    options = ("--photos", photos, "--word", "dog", "--name", "milo", "-o", out, "--steps", 3, "--batch", 1)
+    from infusion.methods.infusion import infusion as real
+
+    def failing(*args):
+        for state in real(*args):
+            if state.step == 3:
+                raise torch.OutOfMemoryError("nothing left")
+            yield state
+
+    monkeypatch.setattr("infusion.methods.infusion.infusion", failing)
+    code, said = run("train", *options)
+    assert (code, Concept.load(out).settings["steps"]) == (2, 2)
+    assert "Stopped early; kept <milo> after 2 steps" in said
+    assert "memory is full" in said
+    before = out.read_bytes()
+    run("train", *options, "--seed", 1)
+    assert out.read_bytes() == before
+    assert Concept.load(tmp_path / "milo-interrupted.safetensors").settings["steps"] == 2
+
+
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_keeps_what_was_learned(photos, tmp_path, told):
     out = tmp_path / "milo.safetensors"
     command = [
         sys.executable,
@@ -215,7 +239,7 @@ def test_ctrl_c_keeps_what_was_learned(photos, tmp_path):
     while "Learning <milo>" not in seen and time.monotonic() < deadline:
         seen += started.stderr.readline()
     time.sleep(2)
-    started.send_signal(signal.SIGINT)
+    started.send_signal(told)
     rest = started.communicate(timeout=60)[1]
     assert started.returncode == 130, seen + rest
     assert "Stopped early; kept <milo>" in " ".join(rest.split())

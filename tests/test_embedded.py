@@ -20,6 +20,7 @@ from infusion.training import LearnConfig
 from infusion.world.captions import caption
 from infusion.world.dataset import CAPTIONS_PER_SCENE, Dataset, attributes, encode_caption
 from infusion.world.grounding import BARS
+from infusion.world.models import LATENT_CHANNELS
 from infusion.world.release import WEIGHTS
 from infusion.world.scenes import held_out, random_scene, render
 from infusion.world.validation import measure_maps
@@ -87,7 +88,7 @@ def test_maps_on_combinations_that_training_never_saw(base):
 
 def test_one_call_equals_the_naive_method(base):
     generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(2, 6, 16, 16, generator=generator)
+    sample = torch.randn(2, LATENT_CHANNELS, 16, 16, generator=generator)
     texts = encode_texts(base, ["a <x> on the beach", "a cat next to a <x> in space"], {"x": "teddy bear"}, "ted")
     residuals = {"ted": random_concept(base.unet, "ted", scale=2.0).residuals}
     plan = Plan((texts.mentions[0], (*texts.mentions[1], Mention("ted", 0.5, (1,)))), texts.states)

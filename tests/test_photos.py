@@ -40,8 +40,8 @@ def test_masks_are_found_whatever_the_case_of_their_names(tmp_path):
     (photo,) = load_photos(tmp_path)
     assert photo.mask.getpixel((3, 3)) == 200
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
-    Image.new("L", (8, 8), 90).save(tmp_path / "a-mask.png")  # the name as it stands goes first
-    assert [p.mask.getpixel((3, 3)) for p in load_photos(tmp_path)] == [200, 90]
+    Image.new("L", (8, 8), 190).save(tmp_path / "a-mask.png")  # the name as it stands goes first
+    assert [p.mask.getpixel((3, 3)) for p in load_photos(tmp_path)] == [200, 190]
 
 
 def test_orientation_is_followed(tmp_path):
@@ -50,6 +50,41 @@ def test_orientation_is_followed(tmp_path):
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert load_photos(tmp_path)[0].image.size == (10, 20)
+
+
+def test_masks_follow_their_photos(tmp_path):
+    image = Image.new("RGB", (20, 10))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned clockwise for show
+    image.save(tmp_path / "a.jpg", exif=exif)
+    stored = Image.new("L", (20, 10))
+    stored.paste(255, (0, 0, 10, 10))  # the left half as stored is the upper one for show
+    stored.save(tmp_path / "a-mask.png")
+    Image.new("RGB", (20, 10)).save(tmp_path / "b.png")
+    cut = Image.new("RGBA", (40, 20), (255, 255, 255, 0))  # white on nothing, at twice the size
+    cut.paste((255, 255, 255, 255), (0, 0, 20, 20))
+    cut.save(tmp_path / "b-mask.png")
+    a, b = load_photos(tmp_path)
+    assert a.image.size == a.mask.size == (10, 20)
+    assert (a.mask.getpixel((5, 2)), a.mask.getpixel((5, 17))) == (255, 0)
+    assert (b.mask.getpixel((5, 10)), b.mask.getpixel((35, 10))) == (255, 0)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (Image.new("L", (10, 20), 255), "is 10x20, its photo 20x10"),
+        (Image.new("L", (20, 12), 255), "is 20x12, its photo 20x10"),
+        (Image.new("L", (20, 10), 0), "has no white"),
+        (Image.new("L", (20, 10), 1), "its brightest value is 1 of 255"),
+        (Image.new("RGBA", (20, 10), (255, 255, 255, 0)), "has no white"),
+    ],
+)
+def test_masks_that_cannot_be_meant(tmp_path, mask, message):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    mask.save(tmp_path / "a-mask.png")
+    with pytest.raises(InfusionError, match=message):
+        load_photos(tmp_path)
 
 
 def test_pictures_are_cropped_never_squashed():

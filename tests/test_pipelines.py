@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import types
+import warnings
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from infusion.concept import BaseInfo
 from infusion.errors import InfusionError
 from infusion.methods.interface import rebuilt
 from infusion.pipelines import _stock_register
+from infusion.streams import Streams
 from tests.conftest import latents, naive_latents, random_concept, tiny_unet
 
 PROMPTS = ["a dog on the beach", "a dog on the beach", "a teddy bear in the snow"]
@@ -292,15 +294,60 @@ def test_embeddings_by_the_pipelines_own_method_and_of_what_is_detached(pipe, mi
             latents(pipe, None, **states)
 
 
+def test_a_copy_of_embeddings_is_drawn_without_the_concept_and_said_so(pipe, milo):
+    with infusion.attach(pipe, milo):
+        states = infusion.encode(pipe, "a <milo> here")
+        plain = latents(pipe, "a dog here")
+        copied = {**states, "prompt_embeds": states["prompt_embeds"].clone()}
+        with pytest.warns(infusion.InfusionWarning, match="equal those encoded with <milo>"):
+            assert torch.equal(latents(pipe, None, **copied), plain)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not torch.equal(latents(pipe, None, **states), plain)
+            latents(pipe, None, **infusion.encode(pipe, "a cat here"))
+
+
+def test_an_ip_adapter_beside_a_concept(pipe, milo):
+    """The pictures' part of attention is the base's own in every row; zero residuals leave it alone."""
+    torch.manual_seed(3)
+    widths = [p.to_k.out_features for p in Streams(pipe.unet).layers.values()]
+    keys = range(1, 2 * len(widths), 2)
+    ip = {f"{k}.to_{x}_ip.weight": torch.randn(w, 12) for k, w in zip(keys, widths, strict=True) for x in "kv"}
+    image = {"proj.weight": torch.randn(4 * 12, 7), "proj.bias": torch.zeros(48), "norm.weight": torch.ones(12), "norm.bias": torch.zeros(12)}  # fmt: skip
+    pipe.unet._load_ip_adapter_weights([{"image_proj": image, "ip_adapter": ip}])
+    pipe.set_ip_adapter_scale(0.7)
+    pictures = {"ip_adapter_image_embeds": [torch.randn(2, 1, 7)]}
+    plain = latents(pipe, "a dog here", **pictures)
+    assert not torch.equal(plain, latents(pipe, "a dog here", ip_adapter_image_embeds=[torch.zeros(2, 1, 7)]))
+    nothing = dataclasses.replace(milo, residuals={k: torch.zeros_like(v) for k, v in milo.residuals.items()})
+    for two_streams in (True, False):
+        with infusion.attach(pipe, milo, two_streams=two_streams):
+            assert not torch.allclose(latents(pipe, "a <milo> here", **pictures), plain, atol=1e-3)
+            assert torch.equal(latents(pipe, "a dog here", **pictures), plain)
+        with infusion.attach(pipe, nothing, two_streams=two_streams):
+            assert torch.allclose(latents(pipe, "a <milo> here", **pictures), plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("two_streams", [True, False])
+def test_a_unet_wrapped_by_torch_compile(pipe, milo, two_streams):
+    with infusion.attach(pipe, milo, two_streams=two_streams):
+        expected, plain = latents(pipe, "a <milo> here"), latents(pipe, "a dog")
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    with infusion.attach(pipe, milo, two_streams=two_streams):
+        assert torch.allclose(latents(pipe, "a <milo> here"), expected, atol=1e-5)
+        assert torch.allclose(latents(pipe, "a dog"), plain, atol=1e-5)
+        sibling = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+        assert infusion.encode(sibling, "a <milo>")
+
+
 def test_another_family_of_the_same_shapes_is_refused(pipe, milo, monkeypatch):
     elsewhere = dataclasses.replace(milo, base=BaseInfo("stable-diffusion-v1", 512))
     with infusion.attach(pipe, elsewhere):  # a base of no known family
         pass
-    here = BaseInfo("stable-diffusion-v2", 768)
-    monkeypatch.setattr("infusion.pipelines.base_info", lambda pipe: here)
+    monkeypatch.setattr("infusion.pipelines._family", lambda unet: "stable-diffusion-v2")
     with pytest.raises(InfusionError, match="learned on stable-diffusion-v1, this base is stable-diffusion-v2"):
         infusion.attach(pipe, elsewhere)
-    with infusion.attach(pipe, dataclasses.replace(milo, base=here)):
+    with infusion.attach(pipe, dataclasses.replace(milo, base=BaseInfo("stable-diffusion-v2", 768))):
         pass
 
 

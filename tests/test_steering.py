@@ -171,6 +171,8 @@ def test_checkups_beside_the_file(tmp_path):
     assert read_checkups(path) == []
     told = [{"step": 5, "loss": 0.1, "repeats": {}, "forgetting": 0.0, "variety": 1.0}]
     assert json.loads(write_checkups(path, told).read_text()) == told == read_checkups(path)
+    write_checkups(path, [])  # of a training without any: the old ones are another's
+    assert read_checkups(path) == []
     path.with_suffix(".checkups.json").write_text('[{"step": 5}]')
     with pytest.raises(InfusionError, match="damaged"):
         read_checkups(path)

@@ -3,18 +3,19 @@
 pipe = infusion.load_base()
 milo = infusion.learn(pipe, "photos/milo", word="dog", name="milo")
 with infusion.attach(pipe, milo):
-    pipe("a sketch of <milo> in the snow").images[0]
+    pipe("a sketch of a <milo> in the snow").images[0]
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from infusion.base import load_base
     from infusion.concept import Concept
-    from infusion.errors import InfusionError
+    from infusion.errors import InfusionError, InfusionWarning
     from infusion.pipelines import Attachment, attach, encode
     from infusion.training import LearnConfig, LearnState, learn, learning
 
@@ -22,6 +23,7 @@ __all__ = [
     "Attachment",
     "Concept",
     "InfusionError",
+    "InfusionWarning",
     "LearnConfig",
     "LearnState",
     "attach",
@@ -39,6 +41,7 @@ _HOME = {
     "load_base": "base",
     "Concept": "concept",
     "InfusionError": "errors",
+    "InfusionWarning": "errors",
     "LearnConfig": "training",
     "LearnState": "training",
     "learn": "training",
@@ -47,6 +50,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.metadata.version("infusion")
     if name not in _HOME:
         raise AttributeError(f"module 'infusion' has no attribute {name!r}")
     return getattr(importlib.import_module(f"infusion.{_HOME[name]}"), name)

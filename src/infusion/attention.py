@@ -21,9 +21,9 @@ from torch import Tensor
 
 
 def attention_maps(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """A = softmax(Q K^T scale): (b, h, n, d), (b, h, m, d) -> (b, h, n, m), in at least float32."""
-    scores = (query * scale) @ key.transpose(-1, -2)
-    return scores.float().softmax(dim=-1)
+    """A = softmax(Q K^T scale): (b, h, n, d), (b, h, m, d) -> (b, h, n, m), in float32."""
+    scores = (query.float() * scale) @ key.float().transpose(-1, -2)  # overflows in fp16 on Stable Diffusion 2.1
+    return scores.softmax(dim=-1)
 
 
 def word_heat(maps: Tensor, word: Tensor) -> Tensor:

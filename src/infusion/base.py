@@ -15,25 +15,34 @@ from infusion.families import FAMILIES, Config, family_of, write_configuration
 from infusion.streams import require_unet
 
 EMBEDDED = "embedded"
+EMBEDDED_RATE = 0.06  # learning rate, best of docs/benchmark-search.md
+EMBEDDED_STRENGTH = 0.5  # keeps the class and loses nothing of the subject (docs/log.md)
+PREDICTIONS = ("epsilon", "v_prediction")
 
 
 def load_base(
     base: str | Path = EMBEDDED,
     device: str | None = None,
     dtype: str | torch.dtype = torch.float32,
+    prediction: str | None = None,
 ) -> DiffusionPipeline:
     """A stock diffusers pipeline, ready for `learn` and `attach`.
 
     base: "embedded" (the project's own small world), a diffusers folder, a .safetensors checkpoint in the
     community's single-file layout, or a hub id. device: "cpu", "cuda", "mps"; None takes the best there is.
-    dtype: a torch dtype or its name.
+    dtype: a torch dtype or its name. prediction: "epsilon" or "v_prediction", what the UNet predicts, where a checkpoint does not say it or
+    says it wrongly.
 
     Raises InfusionError for a base that cannot be found or read, or has no cross-attention UNet.
     """
+    if prediction not in (None, *PREDICTIONS):
+        raise InfusionError(f"prediction is {prediction!r}; use one of {', '.join(PREDICTIONS)}.")
     device = device or _best_device()
     dtype = _dtype(dtype)
     pipe = _load_embedded() if str(base) == EMBEDDED else _load_other(str(base), dtype)
     require_unet(pipe)
+    if prediction:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
     try:
         pipe = pipe.to(device)
         if pipe.unet.dtype != dtype:
@@ -98,22 +107,24 @@ def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
             "other bases are given as a diffusers folder or a hub id."
         )
     components = dict(FAMILIES[family])
-    if family == "stable-diffusion-v2":  # one architecture, two trainings
-        noise, side = _predicts_noise(path, metadata), metadata.get("modelspec.resolution", "").partition("x")[0]
-        if noise:
-            components["scheduler"] = {**components["scheduler"], "prediction_type": "epsilon"}
-        if side == "512" or (noise and not side):
-            components["unet"] = {**components["unet"], "sample_size": 64}
+    predicts = _predicts(family, path, metadata, "v_pred" in shapes)
+    components["scheduler"] = {**components["scheduler"], "prediction_type": predicts}
+    side = metadata.get("modelspec.resolution", "").partition("x")[0]
+    if family == "stable-diffusion-v2" and (side == "512" or (predicts == "epsilon" and not side)):
+        components["unet"] = {**components["unet"], "sample_size": 64}
     return from_checkpoint(path, components, dtype)
 
 
-def _predicts_noise(path: Path, metadata: dict[str, str]) -> bool:
-    """Whether a 2.x checkpoint is one of 512 pixels, which predict noise; those of 768 predict velocity and have the same weights' shapes.
-    Told by its modelspec, else by its name, as in v2-1_512-ema-pruned.safetensors."""
-    predicts, pixels = (metadata.get(f"modelspec.{key}", "").lower() for key in ("prediction_type", "resolution"))
-    if predicts:
-        return predicts.startswith("eps")
-    return pixels.startswith("512") if pixels else "512" in path.stem
+def _predicts(family: str, path: Path, metadata: dict[str, str], marked: bool) -> str:
+    """What a checkpoint's UNet predicts: as its modelspec says; velocity where it is `marked`, as fine-tunes of XL are by a tensor "v_pred";
+    else as its family does. Stable Diffusion 2.x has both with the same shapes: of 512 pixels noise, of 768 velocity, told by
+    modelspec or by the name, as in v2-1_512-ema-pruned.safetensors."""
+    told, pixels = (metadata.get(f"modelspec.{key}", "").lower() for key in ("prediction_type", "resolution"))
+    if told:
+        return "epsilon" if told.startswith("eps") else "v_prediction"
+    if family == "stable-diffusion-v2":
+        return "epsilon" if (pixels.startswith("512") if pixels else "512" in path.stem) else "v_prediction"
+    return "v_prediction" if marked else "epsilon"
 
 
 def from_checkpoint(path: Path, components: dict[str, Config], dtype: torch.dtype) -> DiffusionPipeline:

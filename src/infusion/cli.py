@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+EMBEDDED = "embedded"  # base.EMBEDDED, which would wait for torch
+
 app.add_typer(bench, name="bench")
 
 Base = Annotated[
@@ -32,6 +35,14 @@ Base = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; the best there is by default.")]
 DType = Annotated[str, typer.Option(help="fp32, fp16 or bf16.")]
+Prediction = Annotated[
+    str | None,
+    typer.Option(help="epsilon or v_prediction, where a checkpoint does not say what it predicts or says it wrongly."),
+]
+Together = Annotated[
+    int | None,
+    typer.Option("--batch", min=1, help="Pictures drawn at a time; by default as many as suit the base's size."),
+]
 
 
 @app.command()
@@ -55,7 +66,7 @@ def train(
     word: Annotated[str, typer.Option("--word", help="What the subject is, in a word the base knows: dog.")],
     name: Annotated[str, typer.Option("--name", help="How prompts will call it: milo, for <milo>.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The concept file to write.")],
-    base: Base = "embedded",
+    base: Base = EMBEDDED,
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     batch: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
     learning_rate: Annotated[
@@ -82,10 +93,11 @@ def train(
     ] = False,
     device: Device = None,
     dtype: DType = "fp32",
+    prediction: Prediction = None,
 ) -> None:
-    """Learn a concept from a folder of photos. Ctrl-C keeps what was learned so far."""
+    """Learn a concept from a folder of photos. Ctrl-C, and any error on the way, keep what was learned so far."""
     with progress("Loading the base model") as told:
-        from infusion.base import load_base
+        from infusion.base import EMBEDDED_RATE, EMBEDDED_STRENGTH, load_base
         from infusion.concept import Concept
         from infusion.lesson import prepare_lesson
         from infusion.methods.infusion import infusion
@@ -94,6 +106,9 @@ def train(
         from infusion.training import LearnConfig
 
         steer = SteerConfig(every=evaluate_every or (50 if stop_when_overfit else 0), stop=stop_when_overfit)
+        drawn_at = EMBEDDED_STRENGTH if base == EMBEDDED else 1.0
+        if learning_rate is None and base == EMBEDDED:
+            learning_rate = EMBEDDED_RATE
         given = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
         config = LearnConfig(
             flip=flip,
@@ -106,12 +121,12 @@ def train(
         Concept(name, word, {})  # names are checked before any work
         _writable(out)
         _known_word(base, word)
-        pipe = load_base(base, device, dtype)
-        now, checkups = None, []
+        pipe = load_base(base, device, dtype, prediction)
+        now, checkups, failed = None, [], None
         try:
             told("Encoding the photos", 0, 0)
             lesson = prepare_lesson(pipe, pictures, word, name, flip=flip, masked=mask)
-            for now in steered(pipe, infusion(pipe, lesson, config), lesson, steer, told):
+            for now in steered(pipe, infusion(pipe, lesson, config, drawn_at), lesson, steer, told):
                 told(f"Learning <{name}>", now.state.step, now.state.steps, f"loss {now.state.loss:.4f}")
                 if now.checkup:
                     checkups.append(now.checkup.plain())
@@ -121,18 +136,28 @@ def train(
                 say.print("Stopped before the first step; nothing was written.")
                 raise typer.Exit(130) from None
             told(f"Stopped at step {now.state.step}", now.state.step, now.state.steps)
+        except Exception as error:
+            if now is None:
+                raise
+            failed = error
     assert now is not None
     kept = now.kept
-    path = kept.adapter.concept.save(out)
-    if checkups:
-        write_checkups(path, checkups)
     interrupted = kept.step < kept.steps and not now.stopped
+    if interrupted and out.exists():  # what is there may be a finished one
+        out = out.with_stem(f"{out.stem}-interrupted")
+    path = kept.adapter.concept.save(out)
+    write_checkups(path, checkups)
     if now.stopped:
         say.print(now.stopped)
     say.print(
         f"{'Stopped early; kept' if interrupted else 'Learned'} <{name}> after {kept.step} steps: {path}, {path.stat().st_size:,} bytes."
     )
-    say.print(f'Next: infusion generate --base {base} --concept {path} "a photo of <{name}> on the beach" -o pictures')
+    if failed:
+        raise failed
+    called = f"<{name}>" if drawn_at == 1 else f"<{name}:{drawn_at:g}>"
+    say.print(
+        f'Next: infusion generate --base {base} --concept {path} "a photo of a {called} on the beach" -o pictures'
+    )
     if interrupted:
         raise typer.Exit(130)
 
@@ -152,7 +177,7 @@ def generate(
     concept: Annotated[
         list[Path] | None, typer.Option("--concept", help="A concept file; may be given several times.")
     ] = None,
-    base: Base = "embedded",
+    base: Base = EMBEDDED,
     count: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
@@ -161,43 +186,39 @@ def generate(
     single_stream: Annotated[
         bool, typer.Option("--single-stream", help="The ablation without the foundational stream.")
     ] = False,
+    batch: Together = None,
     device: Device = None,
     dtype: DType = "fp32",
+    prediction: Prediction = None,
 ) -> None:
     """Draw pictures of prompts in which concepts are called by <name> or <name:0.7>."""
     with progress("Loading the base model") as told:
         from infusion.base import load_base
         from infusion.concept import Concept
-        from infusion.generation import generate as draw
-        from infusion.generation import save_pictures
+        from infusion.generation import drawing, save_pictures
         from infusion.pipelines import attach
         from infusion.sheets import square_grid
 
         concepts = [Concept.load(path) for path in concept or []]
         _refuse_unattached(prompts, concepts)
         _writable(out / "contact-sheet.png")
-        pipe = load_base(base, device, dtype)
+        pipe = load_base(base, device, dtype, prediction)
         texts = [p for p in prompts for _ in range(count)]
         seeds = [seed + i for _ in prompts for i in range(count)]
-        with attach(pipe, *concepts, two_streams=not single_stream) if concepts else contextlib.nullcontext():
-            pictures = draw(
-                pipe,
-                texts,
-                seeds,
-                steps,
-                guidance,
-                negative_prompt=negative,
-                on_step=lambda a, b: told("Drawing", a, b),
-            )
         details = {
             "concepts": ", ".join(f"<{c.name}> = {c.word}" for c in concepts),
             "base": base,
             "steps": str(steps),
             "guidance_scale": str(guidance),
         }
-        paths = save_pictures(pictures, out, details)
+        pictures, paths = [], []
+        on_step = lambda a, b: told("Drawing", a, b)  # noqa: E731
+        with attach(pipe, *concepts, two_streams=not single_stream) if concepts else contextlib.nullcontext():
+            for part in drawing(pipe, texts, seeds, steps, guidance, batch, negative, on_step):
+                pictures += part
+                paths += save_pictures(part, out, details)  # what is drawn is kept, whatever comes
         square_grid([p.image for p in pictures]).save(out / "contact-sheet.png")
-    if base == "embedded":
+    if base == EMBEDDED:
         say.print(
             "The embedded base knows only its own small world; for other pictures give --base a Stable Diffusion model."
         )
@@ -212,7 +233,7 @@ def evaluate(
     photos: Annotated[Path, typer.Option("--photos", help="Folder with the pictures it was learned from.")],
     word: Annotated[str, typer.Option("--word", help="What the subject is, in a word the base knows: dog.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html and figures.json.")],
-    base: Base = "embedded",
+    base: Base = EMBEDDED,
     subject: Annotated[
         str | None,
         typer.Option(help='How prompts call it: "a <milo:0.5>", "sks dog". By default "a <name>" or "a WORD".'),
@@ -220,8 +241,10 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="Pictures a prompt, by the base and by the adapter.")] = 10,
     clip: Annotated[str | None, typer.Option(help="CLIP weights for CLIP-I and CLIP-T: a folder or a hub id.")] = None,
     dino: Annotated[str | None, typer.Option(help="DINO weights for subject fidelity: a folder or a hub id.")] = None,
+    batch: Together = None,
     device: Device = None,
     dtype: DType = "fp32",
+    prediction: Prediction = None,
 ) -> None:
     """Measure overfitting: what a customization forgets, repeats, and whether it still varies."""
     with progress("Loading the base model") as told:
@@ -235,14 +258,14 @@ def evaluate(
         from infusion.steering import read_checkups
         from infusion.world.judge import shipped_judge
 
-        config = EvaluateConfig(seeds=seeds)
+        config = EvaluateConfig(seeds=seeds, batch=batch)
         pictures = load_photos(photos)
         loaded, checkups = load_adapter(adapter, word, subject), read_checkups(adapter)
         spaces = load_features(clip, dino)
         _writable(out / "report.html")
         _known_word(base, word)
-        pipe = load_base(base, device, dtype)
-        judge = shipped_judge() if base == "embedded" else None
+        pipe = load_base(base, device, dtype, prediction)
+        judge = shipped_judge() if base == EMBEDDED else None
         evaluation = measure(pipe, loaded, pictures, word, config, told, spaces, judge)
         report = write_report(evaluation, out, base, adapter.name, checkups)
     for sentence in evaluation.verdict:
@@ -274,7 +297,8 @@ def inspect(
 
 
 def main() -> None:
-    """Entry point: errors of ours are one sentence, never a traceback."""
+    """Entry point: errors of ours are one sentence, never a traceback. To be told to end is to be interrupted."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         sys.exit(app(standalone_mode=False) or 0)  # a command's typer.Exit comes back as its code
     except InfusionError as error:
@@ -284,6 +308,13 @@ def main() -> None:
         say.print("Stopped.")
         sys.exit(130)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            say.print(
+                "Error: the device's memory is full; draw fewer pictures at a time with --batch, learn from fewer samples a step, or use --dtype bf16.",
+                style="red",
+                soft_wrap=True,
+            )
+            sys.exit(2)
         show = getattr(error, "show", None)  # click's usage errors know how to show themselves
         if show is None:
             raise
@@ -311,7 +342,7 @@ def _writable(path: Path) -> None:
 
 def _known_word(base: str, word: str) -> None:
     """The embedded base knows few words; a word that it never saw cannot be customized."""
-    if base != "embedded":
+    if base != EMBEDDED:
         return
     import difflib
 

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from infusion.base import load_base
+from infusion.base import EMBEDDED_RATE, EMBEDDED_STRENGTH, load_base
 from infusion.concept import Concept
 from infusion.generation import Picture, Progress, generate, save_pictures
 from infusion.judged import stacked
@@ -38,8 +38,6 @@ from infusion.world.subjects import Subject
 MILO = Subject("dog", "purple", "yellow", "spotted", "none", (0.55, 0.7, 0.5, 0.35))
 NAME = "milo"
 PHOTOS_BACKGROUND = "meadow"
-# The best on the embedded base (docs/log.md): guidance multiplies what was learned, and at full strength the class suffers.
-LEARNING_RATE, STRENGTH = 0.06, 0.5
 
 PROMPTS = (
     "a photo of {} on the beach",
@@ -98,7 +96,7 @@ def compare(
     single: bool = False,
 ) -> Compared:
     """Learn the subject with each method and draw the same prompts and seeds with all of them."""
-    config = config or LearnConfig(learning_rate=LEARNING_RATE, seed=seed)
+    config = config or LearnConfig(learning_rate=EMBEDDED_RATE, seed=seed)
     seconds: dict[str, float] = {}
     lesson = prepare_lesson(pipe, load_photos(photos), word, name)
 
@@ -127,13 +125,13 @@ def compare(
     concept = finished(f"Learning <{name}> with Infusion", learning(pipe, lesson, word, name, config)).concept
     concept.save(concept_path)
     base = drawn("Drawing with the base model", pipe, plain)
-    with attach(pipe, concept, strength={name: STRENGTH}):
+    with attach(pipe, concept, strength={name: EMBEDDED_STRENGTH}):
         infusion = drawn(f"Drawing <{name}>", pipe, called)
     singles = alone = None
     if single:
         alone_config = replace(config, two_streams=False)
         alone = finished("Learning in a single stream", learning(pipe, lesson, word, name, alone_config)).concept
-        with attach(pipe, alone, two_streams=False, strength={name: STRENGTH}):
+        with attach(pipe, alone, two_streams=False, strength={name: EMBEDDED_STRENGTH}):
             singles = drawn("Drawing in a single stream", pipe, called)
     tuning = dreambooth(pipe, lesson, DreamBoothConfig(config.steps, config.batch, seed=config.seed))
     tuned = finished("Fine-tuning a full copy, for comparison", tuning)
@@ -147,7 +145,7 @@ def run(folder: Path, progress: Progress, config: LearnConfig | None = None) -> 
     start = time.monotonic()
     photos = draw_photos(MILO, folder / "photos")
     pipe = load_base()
-    config = config or LearnConfig(learning_rate=LEARNING_RATE)
+    config = config or LearnConfig(learning_rate=EMBEDDED_RATE)
     result = compare(pipe, photos, MILO.kind, NAME, folder / f"{NAME}.safetensors", progress, config=config)
     for label, pictures in (("base", result.base), ("infusion", result.infusion), ("finetune", result.finetune)):
         save_pictures(
@@ -201,7 +199,7 @@ def _page(result: Compared, config: LearnConfig, seconds: float) -> Page:
                     ),
                     Row(
                         "Infusion",
-                        f"{size:,} bytes, {learned:.0f} s, drawn at strength {STRENGTH}; base untouched",
+                        f"{size:,} bytes, {learned:.0f} s, drawn at strength {EMBEDDED_STRENGTH}; base untouched",
                         [p.image for p in result.infusion],
                         read(result.infusion),
                     ),

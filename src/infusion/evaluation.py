@@ -56,7 +56,8 @@ LPIPS = "LPIPS: not offered; its weights come with torchvision, which is not a d
 @dataclass(frozen=True)
 class EvaluateConfig:
     """`seeds` pictures for each of `prompts`, by the base and by the adapter; a multistep solver needs few `steps`.
-    others: prompts for what is forgotten; those that hold the subject's class word are left out."""
+    others: prompts for what is forgotten; those that hold the subject's class word are left out. batch: pictures drawn at a time,
+    by default as many as suit the base's size."""
 
     prompts: tuple[str, ...] = PROMPTS
     others: tuple[str, ...] = OTHERS
@@ -66,6 +67,7 @@ class EvaluateConfig:
     guidance_scale: float = 6.0
     seed: int = 0
     dimensions: int = 32
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("seeds", "other_seeds", "dimensions"):
@@ -146,7 +148,7 @@ def evaluate(
 
     def drawn(label: str, pipe: DiffusionPipeline, prompts: list[str], seeds: list[int]) -> list[Picture]:
         on_step = lambda a, b: told(label, a, b)  # noqa: E731
-        return generate(pipe, prompts, seeds, config.steps, config.guidance_scale, on_step=on_step)
+        return generate(pipe, prompts, seeds, config.steps, config.guidance_scale, config.batch, on_step=on_step)
 
     with adapter.attached(pipe) as custom:  # first, so that an adapter of another base is refused before any work
         ours = drawn("Drawing with the adapter", custom, [t.format(adapter.subject) for t in texts], seeds)

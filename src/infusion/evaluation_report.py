@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -67,8 +68,17 @@ def write_report(
         "left_out": e.left_out,
         "checkups": list(checkups),
     }
-    (folder / "figures.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    (folder / "figures.json").write_text(json.dumps(_bounded(record), indent=1, allow_nan=False) + "\n")
     return path
+
+
+def _bounded(value: Any) -> Any:
+    """The same with null for the ends of an unbounded interval, which JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {k: _bounded(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_bounded(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _feature_facts(f: Figures) -> list[tuple[str, str]]:

@@ -212,8 +212,7 @@ def attention_masks(
 ) -> Tensor:
     """Soft masks of the subject, found by the base's own attention to the class word: (n, g, g), largest value 1.
 
-    Averaged over timesteps, captions, heads and the layers of 8x8 to 32x32, which show objects best; `batch` pictures at a time,
-    whose maps are all kept meanwhile.
+    Averaged over timesteps, captions, heads and the layers of 8x8 to 32x32, which show objects best; `batch` pictures at a time.
     """
 
     def heat(latents: Tensor, masks: Tensor) -> Tensor:
@@ -231,7 +230,7 @@ def foundational_passes(
     lesson: Lesson, unet: nn.Module, timesteps: Sequence[int] = (300, 450, 600), seed: int = 0
 ) -> Iterator[tuple[dict[str, tuple[Tensor, Tensor]], Plan]]:
     """One pass of the untouched base over all latents at each timestep, captions in turn. Yields, per
-    pass, each layer's output and maps (`Streams.recorded`) and the plan that says where the word stands."""
+    pass, each layer's output and the word's heat (`Streams.recorded`) and the plan that says where the word stands."""
     n = len(lesson.latents)
     generator = torch.Generator().manual_seed(seed)
     streams = Streams(unet)
@@ -249,20 +248,18 @@ def foundational_passes(
 
 
 def word_maps(recorded: dict[str, tuple[Tensor, Tensor]], plan: Plan, side: int) -> Tensor:
-    """Recorded maps of each row's mentions, mean over heads and layers of 8x8 to 32x32: (b, side, side)."""
+    """Recorded heat of each row's mentions, mean over heads and layers of 8x8 to 32x32: (b, side, side)."""
     heats = layer_heats(recorded, plan)
     fit = [h for h in heats.values() if 8 <= h.shape[-1] <= 32] or list(heats.values())  # tiny bases have none
     return torch.stack([F.interpolate(h[:, None], (side, side), mode="bilinear")[:, 0] for h in fit]).mean(0)
 
 
 def layer_heats(recorded: dict[str, tuple[Tensor, Tensor]], plan: Plan) -> dict[str, Tensor]:
-    """Recorded maps of each row's mentions by layer, mean over heads, in the layer's own resolution: (b, g, g)."""
-    word = torch.zeros(len(plan.rows), plan.states.shape[1], device=plan.states.device)
-    for row, mentions in enumerate(plan.rows):
-        for mention in mentions:
-            word[row, list(mention.positions)] = 1.0
+    """Recorded heat of each row's mentions by layer, mean over heads, in the layer's own resolution: (b, g, g)."""
+    rows = torch.tensor([row for row, mentions in enumerate(plan.rows) for _ in mentions], device=plan.states.device)
     heats = {}
-    for path, (_, maps) in recorded.items():
-        grid = int(maps.shape[2] ** 0.5)
-        heats[path] = torch.einsum("bhnm,bm->bn", maps, word).unflatten(-1, (grid, grid)) / maps.shape[1]
+    for path, (_, heat) in recorded.items():
+        grid = int(heat.shape[-1] ** 0.5)
+        per_row = heat.new_zeros(len(plan.rows), heat.shape[-1]).index_add(0, rows, heat.mean(1))
+        heats[path] = per_row.unflatten(-1, (grid, grid))
     return heats

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from infusion.errors import InfusionError
@@ -29,7 +29,8 @@ def load_photos(source: str | Path | Sequence[Image.Image | Photo]) -> list[Phot
     """The photos of a folder in the order of their names, or pictures already in memory.
 
     A mask is taken from `<name>-mask.png` beside `<name>.png`, or from a picture's own alpha channel.
-    Raises InfusionError for a folder that is missing or empty and for a picture that cannot be read.
+    Raises InfusionError for a folder that is missing or empty, for a picture that cannot be read, and for a mask of another shape than its
+    photo or without white.
     """
     if not isinstance(source, str | Path):
         photos = [p if isinstance(p, Photo) else _with_alpha(p) for p in source]
@@ -56,7 +57,30 @@ def _load(path: Path, beside: Mapping[str, Path]) -> Photo:
     masks = [m for n in names if (m := path.with_name(n)).exists()] or [
         beside[n.lower()] for n in names if n.lower() in beside
     ]
-    return Photo(photo.image, _open(masks[0]).convert("L")) if masks else photo
+    return Photo(photo.image, _mask(masks[0], path, photo.image.size)) if masks else photo
+
+
+def _mask(path: Path, photo: Path, size: tuple[int, int]) -> Image.Image:
+    """The mask of a photo of `size`. One that was drawn on the photo as the camera stored it is turned as the photo is."""
+    mask = _open(path)
+    with Image.open(photo) as stored:
+        orientation = stored.getexif().get(ExifTags.Base.Orientation, 1)
+        if stored.size != size and mask.size == stored.size:
+            mask.getexif()[ExifTags.Base.Orientation] = orientation
+            mask = ImageOps.exif_transpose(mask)
+    if abs(mask.width * size[1] - mask.height * size[0]) > max(*mask.size, *size):  # a pixel off, at either's scale
+        raise InfusionError(
+            f"{str(path)!r} is {mask.width}x{mask.height}, its photo {size[0]}x{size[1]}; give a mask of the photo's shape."
+        )
+    with_alpha = _with_alpha(mask)
+    white = mask.convert("LA").getchannel("L") if with_alpha.mask is None else with_alpha.image.convert("L")
+    if with_alpha.mask is not None:  # white on nothing
+        white = ImageChops.multiply(white, with_alpha.mask)
+    if (brightest := int(np.asarray(white).max())) < 128:
+        raise InfusionError(
+            f"{str(path)!r} has no white (its brightest value is {brightest} of 255); paint the subject white, or remove the mask."
+        )
+    return white
 
 
 def _open(path: Path) -> Image.Image:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from infusion.concept import BaseInfo, Concept
@@ -26,7 +26,15 @@ from infusion.errors import InfusionError, InfusionWarning
 from infusion.families import FAMILIES
 from infusion.packing import in_order
 from infusion.prompts import Mention, Parsed, parse, refuse_in_negative
-from infusion.streams import Plan, Streams, cross_attention_layers, execution_device, require_unet, value_lengths
+from infusion.streams import (
+    Plan,
+    Streams,
+    cross_attention_layers,
+    execution_device,
+    require_unet,
+    unwrapped,
+    value_lengths,
+)
 
 MAX_CALLS = 16  # kept; a call that broke off leaves its entry
 Rows = tuple[tuple[Mention, ...], ...]
@@ -44,7 +52,7 @@ def attach(
             pipe("a photo of <milo> next to <rex> on the beach").images[0]
 
     two_streams: maps from the foundational stream, as in the paper; False takes them from the
-    customized stream itself (cheaper, for comparison). strength: concept name -> factor on its residual,
+    customized stream itself (cheaper, for comparison); of nested attachments the innermost decides for all. strength: concept name -> factor on its residual,
     beside `<name:0.7>` in a prompt; both multiply.
 
     Calls without a `<name>` are the base model's, bit for bit. Returns an `Attachment`, which ends with its
@@ -65,7 +73,7 @@ def encode(pipe: DiffusionPipeline, prompt: str | list[str], **kwargs: Any) -> d
             pipe(**states).images
 
     Further arguments are those of the pipeline's `encode_prompt`. Returns the keyword arguments for the
-    pipeline's call. The tensors are recognized by identity: pass them on as they are.
+    pipeline's call. The tensors are recognized by identity: pass them on as they are; a copy is drawn without the concept, with a warning.
     """
     session = _Session.open.get(id(require_unet(pipe)))
     if session is None:
@@ -93,7 +101,7 @@ class Attachment:
             raise InfusionError(
                 f"{type(pipe).__name__} does not encode its prompts itself; concepts know pipelines with encode_prompt, not yet modular ones."
             )
-        lengths, family = value_lengths(unet), base_info(pipe).family
+        lengths, family = value_lengths(unet), _family(unet)
         for concept in concepts:
             _check_fits(concept, lengths, family)
         _warn_of_other_weights(concepts, unet)
@@ -261,7 +269,10 @@ class _Session:
 
     def _rows_of(self, states: Tensor) -> Rows:
         """The rows of states that were encoded here; others carry no concept. Raises InfusionError for one that is detached by now."""
-        rows = next((rows for ref, rows in self.encoded if ref() is states), ())
+        alive = [(ours, rows) for ref, rows in self.encoded if (ours := ref()) is not None]
+        rows = next((rows for ours, rows in alive if ours is states), ())
+        if not rows:
+            _warn_of_copies(alive, states)
         attached = {name for a in self.attachments for name in a.concepts}
         if gone := sorted({m.name for row in rows for m in row} - attached):
             raise InfusionError(f"prompt_embeds were encoded with <{gone[0]}>, which is detached; attach it again.")
@@ -292,7 +303,11 @@ def _parse(pipe: DiffusionPipeline, prompt: Any, words: Mapping[str, str], token
 
 
 def _pipelines_on(unet: nn.Module) -> list[DiffusionPipeline]:
-    return [o for o in gc.get_objects() if issubclass(type(o), DiffusionPipeline) and o.__dict__.get("unet") is unet]
+    return [
+        o
+        for o in gc.get_objects()
+        if issubclass(type(o), DiffusionPipeline) and unwrapped(o.__dict__.get("unet")) is unet
+    ]
 
 
 _stock_register = DiffusionPipeline.register_modules
@@ -302,7 +317,7 @@ _stock_register = DiffusionPipeline.register_modules
 def _register_and_adopt(self: DiffusionPipeline, **kwargs: Any) -> None:
     """diffusers calls `register_modules` whenever a pipeline is built, also by `from_pipe`."""
     _stock_register(self, **kwargs)
-    session = _Session.open.get(id(kwargs.get("unet")))
+    session = _Session.open.get(id(unwrapped(kwargs.get("unet"))))
     if session is not None:
         session.adopt(self)
 
@@ -333,9 +348,12 @@ def base_info(pipe: DiffusionPipeline) -> BaseInfo:
     in fp32 and in fp16 has the same; it is unknown ("") for bf16, which is coarser, and for offloaded weights.
     """
     unet = require_unet(pipe)
+    return BaseInfo(_family(unet), unet.config["sample_size"] * pipe.vae_scale_factor, _weights_hash(unet))
+
+
+def _family(unet: UNet2DConditionModel) -> str:
     widths = {parts["unet"]["cross_attention_dim"]: family for family, parts in FAMILIES.items()}
-    family = widths.get(unet.config["cross_attention_dim"], "custom")
-    return BaseInfo(family, unet.config["sample_size"] * pipe.vae_scale_factor, _weights_hash(unet))
+    return widths.get(unet.config["cross_attention_dim"], "custom")
 
 
 def _weights_hash(unet: nn.Module) -> str:
@@ -361,6 +379,20 @@ def _warn_of_other_weights(concepts: Sequence[Concept], unet: nn.Module) -> None
                 InfusionWarning,
                 stacklevel=4,
             )
+
+
+def _warn_of_copies(encoded: Sequence[tuple[Tensor, Rows]], states: Tensor) -> None:
+    """Equal states tell no concept (the class word's own are the same), but may be meant to."""
+    for ours, rows in encoded:
+        if ours.shape == states.shape and torch.equal(ours.to(states), states):
+            name = next(m.name for row in rows for m in row)
+            warnings.warn(
+                f"prompt_embeds equal those encoded with <{name}> but are another tensor, so they are drawn without it; "
+                f"if <{name}> is meant, pass on the very tensors that infusion.encode returned.",
+                InfusionWarning,
+                stacklevel=6,
+            )
+            return
 
 
 def _as_list(prompt: str | Sequence[str] | None) -> list[str]:

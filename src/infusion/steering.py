@@ -209,9 +209,13 @@ class _Watch:
         return spread(latents.cpu().double().flatten(1).unflatten(0, (-1, self.config.seeds))).mean()
 
 
-def write_checkups(adapter: Path, checkups: Sequence[Mapping[str, Any]]) -> Path:
-    """Keep a training's checkups beside its file, where `infusion evaluate` finds them: milo.checkups.json."""
+def write_checkups(adapter: Path, checkups: Sequence[Mapping[str, Any]]) -> Path | None:
+    """Keep a training's checkups beside its file, where `infusion evaluate` finds them: milo.checkups.json. Without any, those of an earlier
+    training of that name are removed."""
     path = adapter.with_suffix(".checkups.json")
+    if not checkups:
+        path.unlink(missing_ok=True)
+        return None
     path.write_text(json.dumps(list(checkups), indent=1, allow_nan=False) + "\n")
     return path
 

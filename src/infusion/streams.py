@@ -64,9 +64,14 @@ def projections(unet: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def unwrapped(module: Any) -> Any:
+    """The module that `torch.compile(module)` wraps; others as they are."""
+    return getattr(module, "_orig_mod", module)
+
+
 def require_unet(pipe: DiffusionPipeline) -> UNet2DConditionModel:
-    """The pipeline's UNet. Raises InfusionError for pipelines of another kind."""
-    unet = getattr(pipe, "unet", None)
+    """The pipeline's UNet, out of what `torch.compile` wraps it in. Raises InfusionError for pipelines of another kind."""
+    unet = unwrapped(getattr(pipe, "unet", None))
     if unet is None:
         raise InfusionError(
             f"{type(pipe).__name__} has no UNet; Infusion works with Stable Diffusion 1.x, 2.x and SDXL, not yet with transformer bases."
@@ -125,7 +130,9 @@ class Streams:
         self.plans: list[Plan] = []  # those in force, the innermost last
         self.met: WeakSet[Plan] = WeakSet()  # those that a UNet call followed
         self.mode: Mode = "joint"
-        self.recorded: dict[str, tuple[Tensor, Tensor]] = {}  # path -> (output, maps) of the foundational rows
+        self.recorded: dict[
+            str, tuple[Tensor, Tensor]
+        ] = {}  # path -> foundational output, and heat of each entry (E, h, n)
         self._call: _Call | None = None
         self._signature = inspect.signature(unet.forward)
         self._handles = [
@@ -145,7 +152,7 @@ class Streams:
     @contextmanager
     def calls(self, plan: Plan, mode: Mode = "joint") -> Iterator[None]:
         """UNet calls within follow `plan`. "record" computes the foundational stream alone and keeps
-        its outputs and maps; "replay" computes the customized stream alone from what was recorded."""
+        its outputs and words' heat; "replay" computes the customized stream alone from what was recorded."""
         before = self.plans, self.mode
         self.plans, self.mode = [plan], mode
         try:
@@ -205,21 +212,23 @@ class Streams:
             return None
         residual = call.residuals.get(path)
         if call.mode == "replay":
-            output, maps = self.recorded[path]
+            output, heat = self.recorded[path]
         elif residual is None and call.mode == "joint":
             return output if call.origin is None else output[call.origin]
         else:
             hidden = args[0] if args else kwargs["hidden_states"]
             text = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
+            if isinstance(text, tuple):  # with an IP-Adapter: the text, and its pictures
+                text = text[0]
             maps = _maps(layer, hidden[call.source], text[call.source])
+            heat = word_heat(maps[call.entry_row], call.words)
             if call.mode == "record":
-                self.recorded[path] = (output, maps)
+                self.recorded[path] = (output, heat)
                 return None
             if call.origin is not None:
                 output = output[call.origin]
         if residual is None:
             return output
-        heat = word_heat(maps[call.entry_row], call.words)
         delta = residual_output(heat, residual)
         per_row = delta.new_zeros(len(call.rows), *delta.shape[1:]).index_add(0, call.entry_row, delta)
         return output.index_add(0, call.rows, _project(layer, per_row).to(output.dtype))
@@ -323,8 +332,13 @@ def _append_rows(value: Any, rows: Tensor, batch: int) -> Any:
 
 
 def _take(value: Any, keep: Tensor, total: int) -> Any:
+    """Rows `keep` of every tensor that has `total` of them, nested ones too."""
+    if isinstance(value, tuple | list):
+        return type(value)(_take(v, keep, total) for v in value)
     return value[keep] if isinstance(value, Tensor) and value.ndim and value.shape[0] == total else value
 
 
 def _detached_first(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(_detached_first(v) for v in value)
     return value[:1].detach() if isinstance(value, Tensor) and value.ndim else value

@@ -5,7 +5,7 @@
     concept = state.concept
 
 The base stays frozen. Per step the foundational stream runs once without gradient and leaves its
-attention outputs and maps; the customized stream replays them and learns the residuals (arXiv 2404.14007).
+attention outputs and the word's heat; the customized stream replays them and learns the residuals (arXiv 2404.14007).
 """
 
 from __future__ import annotations
@@ -146,8 +146,11 @@ def learn(
     config: LearnConfig | None = None,
 ) -> Concept:
     """Learn a concept from a few photos of one subject and return it. See `learning` for the arguments."""
-    *_, last = learning(pipe, photos, word, name, config)
-    return last.concept
+    state = None
+    for state in learning(pipe, photos, word, name, config):  # noqa: B007 - the last one counts, no other is kept
+        pass
+    assert state is not None
+    return state.concept
 
 
 def predict(streams: Streams, draw: Draw) -> Tensor:
@@ -171,4 +174,4 @@ def masked_loss(prediction: Tensor, draw: Draw) -> Tensor:
 def _plain(config: LearnConfig) -> dict[str, int | float | str | bool]:
     """What a file keeps of the settings; it names its scheme itself."""
     layers = {"layers": named} if 0 < len(named := " ".join(config.layers)) < 300 else {}  # the file lists them anyway
-    return {k: v for k, v in asdict(config).items() if isinstance(v, int | float) and k != "scheme"} | layers
+    return {k: v for k, v in asdict(config).items() if isinstance(v, int | float)} | layers

@@ -27,6 +27,7 @@ from infusion.world.judge_figures import (
     examine_told,
     judge_card,
     stranger_cosines,
+    training_of,
     twin_cosines,
 )
 from infusion.world.judge_lessons import Labels, corrupt, heat_targets, labels_of, mirrored, warp
@@ -314,13 +315,16 @@ def test_training_learns_and_resumes(data, tmp_path):
     told = examine_told(sure, data, build_autoencoder().eval())
     assert (told["pattern_told"], told["kind_told"]) == (1, 0)
     log = [
-        {"stage": "start", "drawn": 3, "families": 2, "corrupted": 0.6, "minutes": 5.0},
+        {"stage": "start", "drawn": 3, "families": 2, "corrupted": 0.6, "learning_rate": 0.1, "minutes": 5.0},
         {"stage": "judge", "step": 10, "seconds": 60},
     ]
-    card = judge_card(
-        log, {"clean": figures, "autoencoded": figures, "told": told}, sure.save(tmp_path / "j.safetensors")
-    )
+    training = training_of(log)
+    earlier = {**training, "pictures": 1000, "minutes": 7}
+    assert (training["pictures"], training["minutes"]) == (80, 1)
+    path = sure.save(tmp_path / "j.safetensors")
+    card = judge_card([earlier, training], {"clean": figures, "autoencoded": figures, "told": told}, path)
     assert (
         f"| pattern | {figures['pattern']:.1%} | {figures['pattern']:.1%} | {told['pattern']:.1%} of 100.0% |" in card
     )
-    assert "80 pictures seen" in card
+    assert "1,080 pictures seen" in card
+    assert "8 min beside" in card

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,14 @@ from accelerate import Accelerator
 from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, psnr, standardize, train_autoencoder
 from infusion.world.dataset import Dataset, build_dataset, load_dataset, sample_batch
 from infusion.world.grounding import LEVEL, grounding_loss, map_gate, recorded_maps
-from infusion.world.models import build_autoencoder, build_pipeline, build_scheduler, build_text_encoder, build_unet
+from infusion.world.models import (
+    LATENT_CHANNELS,
+    build_autoencoder,
+    build_pipeline,
+    build_scheduler,
+    build_text_encoder,
+    build_unet,
+)
 from infusion.world.picking import best_score
 from infusion.world.pretrain import PretrainConfig, draw_timesteps, subject_weights, train_base
 from infusion.world.release import read_weights, write_weights
@@ -26,19 +35,33 @@ def data(tmp_path_factory):
     return load_dataset(folder)
 
 
-def test_the_autoencoder_learns_and_resumes_exactly(data, tmp_path):
-    config = AutoencoderConfig(steps=12, batch=4, warmup=2, save_every=6, whole=0.25)
+def test_the_autoencoder_learns_and_resumes(data, tmp_path):
+    config = AutoencoderConfig(minutes=60, batch=4, warmup=2, save_every=6, whole=0.25)
     accelerator = Accelerator(cpu=True)
-    errors = {step: mse for step, mse, _ in train_autoencoder(data, tmp_path, config, accelerator)}
-    assert errors[12] < errors[1]
-    resumed_folder = tmp_path / "again"
-    resumed_folder.mkdir()
-    for step, _, _ in train_autoencoder(data, resumed_folder, config, accelerator):
-        if step == 8:  # two steps after the last checkpoint
-            break
-    resumed = {step: mse for step, mse, _ in train_autoencoder(data, resumed_folder, config, accelerator)}
+
+    def trained(folder, steps):
+        torch.manual_seed(0)
+        folder.mkdir(exist_ok=True)
+        return dict(islice(train_autoencoder(build_autoencoder(), data, folder, config, accelerator), steps))
+
+    straight = trained(tmp_path / "straight", 12)
+    assert straight[12] < straight[1]
+    trained(tmp_path / "again", 8)  # two steps after the last checkpoint
+    resumed = trained(tmp_path / "again", 6)
     assert list(resumed) == list(range(7, 13))
-    assert next(train_autoencoder(data, resumed_folder, config, accelerator))[0] == 12
+    assert resumed[7] == pytest.approx(straight[7], rel=1e-3)
+
+
+def test_the_autoencoder_ends_on_whole_scenes(data, tmp_path, monkeypatch):
+    ticks = iter(range(1000))  # a clock of one second a step
+    monkeypatch.setattr("infusion.world.runs.time.monotonic", lambda: next(ticks))
+    sizes = []
+    model = build_autoencoder()
+    model.encoder.register_forward_pre_hook(lambda _, args: sizes.append((len(args[0]), args[0].shape[-1])))
+    config = AutoencoderConfig(minutes=8 / 60, batch=4, whole=0.25)
+    assert len(list(train_autoencoder(model, data, tmp_path, config, Accelerator(cpu=True)))) == 8
+    assert sizes == 6 * [(4, 32)] + 2 * [(1, 64)]
+    assert not model.training
 
 
 def test_standardized_latents_decode_to_the_same_picture(data):
@@ -49,8 +72,8 @@ def test_standardized_latents_decode_to_the_same_picture(data):
     spread = model.encode(torch.zeros(1, 3, 64, 64)).latent_dist.std
     scale = before.float().std(dim=(0, 2, 3))
     after = standardize(model, before)
-    assert torch.allclose(after.float().mean(dim=(0, 2, 3)), torch.zeros(6), atol=1e-2)
-    assert torch.allclose(after.float().std(dim=(0, 2, 3)), torch.ones(6), atol=1e-2)
+    assert torch.allclose(after.float().mean(dim=(0, 2, 3)), torch.zeros(LATENT_CHANNELS), atol=1e-2)
+    assert torch.allclose(after.float().std(dim=(0, 2, 3)), torch.ones(LATENT_CHANNELS), atol=1e-2)
     assert torch.allclose(encode_dataset(model, data).float(), after.float(), atol=1e-2)
     assert torch.allclose(model.decode(after.float()).sample, decoded, atol=2e-2)
     new_spread = model.encode(torch.zeros(1, 3, 64, 64)).latent_dist.std
@@ -59,7 +82,7 @@ def test_standardized_latents_decode_to_the_same_picture(data):
 
 
 def test_the_base_trains_resumes_and_keeps_its_processors(data, tmp_path):
-    latents = torch.randn(64, 6, 16, 16, generator=torch.Generator().manual_seed(0)).half()
+    latents = torch.randn(64, LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(0)).half()
     config = PretrainConfig(scenes=64, minutes=60, batch=4, warmup=1, save_every=2, validate_every=3, judge_every=1)
     validation = (
         latents[:16],
@@ -98,11 +121,11 @@ def test_the_base_trains_resumes_and_keeps_its_processors(data, tmp_path):
 def test_validation_against_a_loop(data):
     torch.manual_seed(0)
     text, unet = build_text_encoder(build_tokenizer()).eval(), build_unet().eval()
-    latents = torch.randn(64, 6, 16, 16, generator=torch.Generator().manual_seed(1)).half()
+    latents = torch.randn(64, LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(1)).half()
     rows = (latents[:5], Dataset(*(a[:5] for a in (data.pixels, data.masks, data.subjects, data.ids, data.words))))
     measured = validate(text, unet, *rows, timesteps=(300,))
     batch = sample_batch(*rows, np.arange(5), np.random.default_rng(0))
-    noise = torch.randn(5, 6, 16, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(5, LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(0))
     a = build_scheduler().alphas_cumprod[300]
     whole, subject, area = 0.0, 0.0, 0.0
     with torch.no_grad():
@@ -137,7 +160,7 @@ def test_weights_favour_subjects_at_an_unchanged_mean():
 
 
 def test_captions_are_dropped_to_the_empty_prompt(data):
-    latents = torch.zeros(64, 6, 16, 16)
+    latents = torch.zeros(64, LATENT_CHANNELS, 16, 16)
     batch = sample_batch(latents, data, np.arange(8), np.random.default_rng(0), dropout=1.0)
     empty = build_tokenizer()("", padding="max_length", return_tensors="pt")["input_ids"]
     assert torch.equal(batch.ids, empty.expand(8, -1))
@@ -178,7 +201,7 @@ def test_the_gate_on_perfect_and_swapped_maps():
 def test_recorded_maps_are_the_stock_attention_and_go_away():
     torch.manual_seed(0)
     unet = build_unet().eval()
-    x, text = torch.randn(2, 6, 16, 16), torch.randn(2, 32, 128)
+    x, text = torch.randn(2, LATENT_CHANNELS, 16, 16), torch.randn(2, 32, 128)
     processors = dict(unet.attn_processors)
     with torch.no_grad():
         before = unet(x, 5, text).sample

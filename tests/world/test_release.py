@@ -7,13 +7,11 @@ from dataclasses import asdict
 import pytest
 
 from infusion.world.pretrain import PretrainConfig
-from infusion.world.release import model_card
+from infusion.world.release import model_card, training_of
 
 
-@pytest.mark.parametrize(
-    ("kept", "seen", "minutes"), [(None, "96,000 pictures", "50 min"), (2000, "64,000 pictures", "33 min")]
-)
-def test_the_card_tells_of_the_step_that_was_kept(tmp_path, kept, seen, minutes):
+@pytest.mark.parametrize(("kept", "seen", "minutes"), [(None, 96_000, 50), (2000, 64_000, 33)])
+def test_the_card_tells_of_the_step_that_was_kept_and_of_earlier_trainings(tmp_path, kept, seen, minutes):
     log = [
         {"stage": "start", "time": 0, "device": "cpu", **asdict(PretrainConfig())},
         {"stage": "autoencoder", "time": 1, "step": 7000, "mse": 0.1, "psnr": 27.0},
@@ -21,9 +19,20 @@ def test_the_card_tells_of_the_step_that_was_kept(tmp_path, kept, seen, minutes)
         {"stage": "picked", "time": 4000, "last": 0.5, "best": 0.6, "kept": kept},
         {"stage": "done", "time": 4001, "peak": 0.91, "iou": 0.51, "own": 0.84, "ratio": 9.0, "count": 10},
     ]  # fmt: skip
+    training = training_of(log)
+    assert (training["pictures"], training["minutes"]) == (seen, minutes)
+    assert training["autoencoder"]["psnr"] == 27.0
+    assert training_of([line for line in log if line["stage"] != "autoencoder"])["autoencoder"] is None
     (tmp_path / "a.safetensors").write_bytes(b"12345678")
-    card = model_card(log, {"sha256": "abc", "files": {"unet": ["a.safetensors"]}}, tmp_path)
-    assert seen in card
-    assert f"text encoder and UNet {minutes}" in card
+    (tmp_path / "loss-2.png").touch()
+    index = {"sha256": "abc", "files": {"unet": ["a.safetensors"]}}
+    earlier = {**training, "pictures": 1000, "minutes": 7, "settings": "learning rate 0.5", "autoencoder": None}
+    card = model_card([earlier, training], log, index, tmp_path)
+    assert f"{seen + 1000:,} pictures seen" in card
+    assert f"text encoder and UNet {minutes + 7} min" in card
+    assert "1. 1,000 pictures in 7 min; learning rate 0.5" in card
+    assert f"2. {seen:,} pictures" in card
+    assert "loss-2.png" in card
+    assert "loss-1.png" not in card
     assert "8 bytes" in card
     assert "85% on their own" in card

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infusion.world.models import build_unet
+from infusion.world.models import LATENT_CHANNELS, build_unet
 from infusion.world.segmentation import (
     ATTRIBUTES,
     IGNORED,
@@ -76,7 +76,7 @@ def test_attributes_are_those_of_the_subject_at_the_pixel():
 def test_the_head_reads_without_changing():
     torch.manual_seed(0)
     unet = build_unet().eval()
-    x, text = torch.randn(2, 6, 16, 16), torch.randn(2, 32, 128)
+    x, text = torch.randn(2, LATENT_CHANNELS, 16, 16), torch.randn(2, 32, 128)
     with torch.no_grad():
         before = unet(x, 5, text).sample
         head = SegmentationHead(unet)

@@ -57,7 +57,7 @@ def run(
     say.print(
         f"{len(left) - failed} jobs run, {len(todo) - len(left)} were there, {failed} failed. Records are in {out}."
     )
-    say.print(f"Next: infusion bench report --records {out} --docs docs")
+    say.print(f"Next: infusion bench report --records {out}")
     if failed:
         raise typer.Exit(1)
 
@@ -65,7 +65,9 @@ def run(
 @bench.command()
 def report(
     records: Annotated[Path, typer.Option("--records", help="Folder that `infusion bench run` wrote.")],
-    docs: Annotated[Path, typer.Option("--docs", help="Where the page and its pictures go.")] = Path("docs"),
+    docs: Annotated[Path, typer.Option("--docs", help="Where the page and its pictures go.")] = Path(
+        "outputs/benchmark"
+    ),
     page: Annotated[str, typer.Option(help="The page's name, without its ending.")] = "benchmark",
     reading: Annotated[
         Path | None, typer.Option(help="A Markdown file with what you make of it; it goes above the tables.")

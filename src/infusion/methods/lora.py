@@ -67,6 +67,7 @@ def loaded_lora(pipe: DiffusionPipeline, source: Any, **kwargs: Any) -> Iterator
     source, kwargs: as for diffusers' `load_lora_weights`. Yields the error of one that does not fit, or None.
     """
     used = pipe.get_active_adapters() if pipe.get_list_adapters() else []
+    scales = [(layer, dict(layer.scaling)) for layer in _lora_layers(pipe)]
     error = None
     try:
         try:
@@ -81,9 +82,18 @@ def loaded_lora(pipe: DiffusionPipeline, source: Any, **kwargs: Any) -> Iterator
         if _loaded(pipe):
             pipe.delete_adapters(_NAME)
         if used:
-            pipe.set_adapters(used)
+            pipe.set_adapters(used)  # at scale 1
+            for layer, before in scales:
+                layer.scaling.update(before)
         else:
             pipe.unload_lora_weights()
+
+
+def _lora_layers(pipe: DiffusionPipeline) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    return [m for network in networks for m in network.modules() if isinstance(m, BaseTunerLayer)]
 
 
 def _loaded(pipe: DiffusionPipeline) -> bool:

@@ -17,63 +17,58 @@ from diffusers import AutoencoderKL
 
 from infusion.world.dataset import Dataset
 from infusion.world.models import build_autoencoder, pixels_to_tensor
+from infusion.world.runs import Run, Schedule
 from infusion.world.scenes import SIDE
+
+ENCODED = "latents.pt"
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """`steps` in all; `whole` is the share of them, at the end, on whole scenes of a fourth the batch."""
+    """`minutes` of wall time over all parts; `whole` is the share of it, at the end, on whole scenes of a fourth the batch."""
 
-    steps: int = 7000
+    minutes: float = 40.0
     batch: int = 16
     crop: int = 32
     whole: float = 0.15
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     kl_weight: float = 1e-5  # of the mean KL; larger values collapse the latents
     warmup: int = 200
+    decay: float = 0.7
+    ema: float = 0.999
     seed: int = 0
     save_every: int = 500
 
+    @property
+    def schedule(self) -> Schedule:
+        """Its part that every training by the clock has."""
+        return Schedule(self.minutes, self.learning_rate, self.warmup, self.decay, self.ema, self.save_every)
+
 
 def train_autoencoder(
-    data: Dataset, folder: Path, config: AutoencoderConfig, accelerator: Accelerator
-) -> Iterator[tuple[int, float, AutoencoderKL]]:
-    """Train, yielding (step, mean squared error, model); resumes from `folder` after a kill."""
+    model: AutoencoderKL, data: Dataset, folder: Path, config: AutoencoderConfig, accelerator: Accelerator
+) -> Iterator[tuple[int, float]]:
+    """Train by the clock, yielding (step, mean squared error); resumes from `folder` after a kill. The model holds the averaged
+    weights at the end."""
     torch.manual_seed(config.seed)
-    model = build_autoencoder().to(accelerator.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
-    checkpoint, first = folder / "autoencoder.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=accelerator.device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    whole_from = int(config.steps * (1 - config.whole))
-    for step in range(first, config.steps):
-        rng = np.random.default_rng((config.seed, step))
-        batch = _batch(data, rng, config, whole=step >= whole_from).to(accelerator.device)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(
-                1.0, (step + 1) / config.warmup, (config.steps - step) / (0.7 * config.steps)
-            )
+    model.to(accelerator.device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
+    )
+    run = Run(model, optimizer, config.schedule, folder / "autoencoder.pt")
+    while run.unfinished:
+        rng = np.random.default_rng((config.seed, run.step))
+        batch = _batch(data, rng, config, whole=run.share >= 1 - config.whole).to(accelerator.device)
         with accelerator.autocast():
             posterior = model.encode(batch).latent_dist
             decoded = model.decode(posterior.sample()).sample
         error = decoded.float() - batch
         mse = error.square().mean()
         kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-        loss = mse + 0.1 * error.abs().mean() + config.kl_weight * kl
-        accelerator.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
-        yield step + 1, float(mse.detach()), model
-    if first >= config.steps:
-        yield first, float("nan"), model
+        run.update(mse + 0.1 * error.abs().mean() + config.kl_weight * kl, accelerator)
+        yield run.step, float(mse.detach())
+    run.finish()
+    model.eval()
 
 
 @torch.no_grad()
@@ -104,6 +99,21 @@ def standardize(model: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     post.weight *= std[None, :, None, None]
     mean, std = mean.cpu()[:, None, None], std.cpu()[:, None, None]
     return ((latents.float() - mean) / std).half()
+
+
+def save_encoded(folder: Path, model: AutoencoderKL, latents: torch.Tensor) -> None:
+    """Keep the autoencoder and its latents of the whole set in `folder`; a kill leaves none or all."""
+    path = folder / ENCODED
+    torch.save({"latents": latents, "autoencoder": model.state_dict()}, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def load_encoded(folder: Path) -> tuple[AutoencoderKL, torch.Tensor]:
+    """What `save_encoded` kept. Raises FileNotFoundError where nothing was."""
+    state = torch.load(folder / ENCODED, weights_only=True)
+    model = build_autoencoder()
+    model.load_state_dict(state["autoencoder"])
+    return model.eval(), state["latents"]
 
 
 @torch.no_grad()

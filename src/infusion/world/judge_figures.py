@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from infusion.world.judge import GRID, Judge, JudgeNetwork, Maps, peaks
+from infusion.world.judge import GRID, SHIPPED, Judge, JudgeNetwork, Maps, peaks
 from infusion.world.judge_lessons import Labels, cells, corrupt, labels_of, shows_change
 from infusion.world.models import pixels_to_tensor
 from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
 from infusion.world.twins import VIEWS, Families
+
+TRAININGS = "trainings.json"
 
 
 @torch.no_grad()
@@ -173,16 +176,41 @@ _NAMES = {
 }  # fmt: skip
 
 
-def judge_card(log: list[dict[str, Any]], figures: dict[str, dict[str, float]], path: Path) -> str:
-    """The judge's model card in Markdown, from its run's log and figures."""
+def training_of(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """A training in short, from its run's log."""
     start = next(line for line in log if line["stage"] == "start")
     last = [line for line in log if line["stage"] == "judge"][-1]
+    batch = start["families"] * VIEWS
+    return {
+        "families": start["drawn"],
+        "steps": last["step"],
+        "batch": batch,
+        "pictures": last["step"] * batch,
+        "minutes": round(last["seconds"] / 60),
+        "learning_rate": start["learning_rate"],
+        "corrupted": start["corrupted"],
+    }
+
+
+def read_trainings() -> list[dict[str, Any]]:
+    """The trainings (`training_of`) that the shipped judge has been through, in order."""
+    return json.loads((SHIPPED.parent / TRAININGS).read_text())
+
+
+def judge_card(trainings: list[dict[str, Any]], figures: dict[str, dict[str, float]], path: Path) -> str:
+    """The judge's model card in Markdown, from the trainings gone through and its figures."""
     rows = [
         f"| {label} | {figures['clean'][name]:.1%} | {figures['autoencoded'][name]:.1%} | "
         + (f"{figures['told'][name]:.1%} of {figures['told'][name + '_told']:.1%}" if name in figures["told"] else "")
         + " |"
         for name, label in _NAMES.items()
     ]
+    pictures, minutes = (sum(t[key] for t in trainings) for key in ("pictures", "minutes"))
+    corrupted = trainings[-1]["corrupted"]
+    parts = "; then ".join(
+        f"{t['pictures']:,} pictures ({t['steps']:,} steps of {t['batch']}, {t['minutes']} min, learning rate {t['learning_rate']:g}) of {t['families']:,} families of {VIEWS}"
+        for t in trainings
+    )
     return f"""# The judge
 
 Reads background and style of a picture of the world, and for each subject class, two colours, pattern, accessory, place and an
@@ -192,9 +220,9 @@ made world, judge, base and methods.
 | | |
 |---|---|
 | file | `{path.name}`, {path.stat().st_size:,} bytes, fp16 safetensors, SHA-256 `{hashlib.sha256(path.read_bytes()).hexdigest()}` |
-| trained on | {start["drawn"]:,} families of four pictures, {last["step"] * start["families"] * VIEWS:,} pictures seen ({last["step"]:,} steps of {start["families"] * VIEWS}), half of them mirrored, {start["corrupted"]:.0%} autoencoded, blurred or noised, {start["corrupted"] / 2:.0%} warped |
-| hardware | {platform.machine()}, {torch.get_num_threads()} CPU thread(s), bf16 autocast, torch {torch.__version__}; {last["seconds"] / 60:.0f} min beside other work |
-| train it again | `python -m infusion.world.judge_training --folder runs/judge --drawn {start["drawn"]} --minutes {start["minutes"]:.0f}` |
+| trained on | {pictures:,} pictures seen: {parts}; half of them mirrored, {corrupted:.0%} autoencoded, blurred or noised, {corrupted / 2:.0%} warped |
+| hardware | {platform.machine()}, {torch.get_num_threads()} CPU thread(s), bf16 autocast, torch {torch.__version__}; {minutes:.0f} min beside other work |
+| train one like it | `python -m infusion.world.judge_training --folder runs/judge --drawn {sum(t["families"] for t in trainings)} --minutes {minutes:.0f}` |
 
 On {figures["clean"]["pictures"]:.0f} fresh pictures of families it never saw, counting what a picture shows at all (with any other value of the attribute the
 picture would differ by 6 % of full brightness over some 4x4 pixels). "Told" is on autoencoded pictures: right where it says something, and how often it does.

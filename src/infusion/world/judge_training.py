@@ -8,6 +8,7 @@ on yet other families. Resumes after a kill.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +20,20 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from infusion.world.judge import Judge, JudgeNetwork, Maps
-from infusion.world.judge_figures import calibrate, examine, examine_told, judge_card
+from infusion.world.autoencoder import load_encoded
+from infusion.world.judge import Judge, JudgeNetwork, Maps, load_judge
+from infusion.world.judge_figures import (
+    TRAININGS,
+    calibrate,
+    examine,
+    examine_told,
+    judge_card,
+    read_trainings,
+    training_of,
+)
 from infusion.world.judge_lessons import Labels, cells, corrupt, heat_targets, labels_of, mirrored, shows_change
-from infusion.world.models import build_autoencoder, pixels_to_tensor
-from infusion.world.release import read_weights
+from infusion.world.models import pixels_to_tensor
+from infusion.world.release import shipped_autoencoder
 from infusion.world.runs import Run, Schedule, log, read_log
 from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
 from infusion.world.twins import VIEWS, Families, build_families, load_families
@@ -44,6 +54,7 @@ class JudgeConfig:
     corrupted: float = 0.6  # share of pictures that are autoencoded, blurred or noised; half as many are warped
     ema: float = 0.999
     seed: int = 0
+    from_weights: bool = False
     save_every: int = 250
 
     @property
@@ -129,8 +140,14 @@ def main() -> None:
     for name in ("drawn", "minutes", "families", "learning_rate", "seed"):
         default = getattr(JudgeConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    parser.add_argument("--from-weights", action="store_true", help="go on from the shipped judge")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="folder of `infusion.world.pretrain` to take the autoencoder from; else the shipped one",
+    )
     args = parser.parse_args()
-    config = JudgeConfig(**{k: v for k, v in vars(args).items() if k != "folder"})
+    config = JudgeConfig(**{k: v for k, v in vars(args).items() if k not in ("folder", "base")})
     args.folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision="bf16")
     log(args.folder, stage="start", device=str(accelerator.device), **asdict(config))
@@ -139,9 +156,9 @@ def main() -> None:
         for done in build_families(args.folder / part, count, seed, strict=strict):
             if done % 2048 == 0:
                 log(args.folder, stage="drawing", part=part, families=done)
-    autoencoder = build_autoencoder().eval().requires_grad_(False)
-    autoencoder.load_state_dict(read_weights("vae"))
-    network = JudgeNetwork()
+    autoencoder = load_encoded(args.base)[0] if args.base else shipped_autoencoder()
+    autoencoder.requires_grad_(False)
+    network = load_judge().network if config.from_weights else JudgeNetwork()
     sums: dict[str, float] = {}
     for step, seconds, losses in train_judge(
         network, load_families(args.folder / "train"), autoencoder, args.folder, config, accelerator
@@ -163,9 +180,9 @@ def main() -> None:
     figures["told"] = examine_told(judge, test, autoencoder)
     log(args.folder, stage="figures", **figures, thresholds=judge.thresholds)
     judge.save(args.folder / "judge.safetensors")
-    (args.folder / "README.md").write_text(
-        judge_card(read_log(args.folder), figures, args.folder / "judge.safetensors")
-    )
+    trainings = [*(read_trainings() if config.from_weights else []), training_of(read_log(args.folder))]
+    (args.folder / TRAININGS).write_text(json.dumps(trainings, indent=1) + "\n")
+    (args.folder / "README.md").write_text(judge_card(trainings, figures, args.folder / "judge.safetensors"))
 
 
 if __name__ == "__main__":

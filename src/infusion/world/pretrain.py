@@ -26,7 +26,16 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, psnr, standardize, train_autoencoder
+from infusion.world.autoencoder import (
+    ENCODED,
+    AutoencoderConfig,
+    encode_dataset,
+    load_encoded,
+    psnr,
+    save_encoded,
+    standardize,
+    train_autoencoder,
+)
 from infusion.world.dataset import Batch, Dataset, build_dataset, load_dataset, sample_batch
 from infusion.world.grounding import grounding_loss, recorded_maps
 from infusion.world.judge import shipped_judge
@@ -251,42 +260,29 @@ def prepare(folder: Path, config: PretrainConfig, accelerator: Accelerator) -> t
         if done % 4096 == 0:
             log(folder, stage="drawing", scenes=done)
     data = load_dataset(folder / "data")
-    encoded = folder / "latents.pt"
-    if not encoded.exists():
-        model = (
-            _shipped_autoencoder(accelerator)
-            if config.from_weights
-            else _trained_autoencoder(folder, data, config, accelerator)
-        )
-        latents = encode_dataset(model, data)
-        if not config.from_weights:
-            latents = standardize(model, latents)
-        torch.save({"latents": latents, "autoencoder": model.state_dict()}, encoded.with_suffix(".tmp"))
-        encoded.with_suffix(".tmp").replace(encoded)
-    state = torch.load(encoded, weights_only=True)
-
-    autoencoder = build_autoencoder()
-    autoencoder.load_state_dict(state["autoencoder"])
-    return autoencoder.eval().to(accelerator.device), state["latents"], data
+    if not (folder / ENCODED).exists():
+        model = build_autoencoder()
+        if config.from_weights:
+            model.load_state_dict(read_weights("vae"))
+        trained = config.autoencoder.minutes > 0
+        if trained:
+            _train_autoencoder(model, folder, data, config, accelerator)
+        latents = encode_dataset(model.eval().to(accelerator.device), data)
+        save_encoded(folder, model, standardize(model, latents) if trained else latents)
+    autoencoder, latents = load_encoded(folder)
+    return autoencoder.to(accelerator.device), latents, data
 
 
-def _trained_autoencoder(
-    folder: Path, data: Dataset, config: PretrainConfig, accelerator: Accelerator
-) -> AutoencoderKL:
-    model = None
-    for step, mse, model in train_autoencoder(data, folder, config.autoencoder, accelerator):
-        if step % 250 == 0:
-            model.eval()
-            log(folder, stage="autoencoder", step=step, mse=mse, psnr=psnr(model, data.pixels[-64:]))
-            model.train()
-    assert model is not None
-    return model.eval()
-
-
-def _shipped_autoencoder(accelerator: Accelerator) -> AutoencoderKL:
-    model = build_autoencoder()
-    model.load_state_dict(read_weights("vae"))
-    return model.eval().to(accelerator.device)
+def _train_autoencoder(
+    model: AutoencoderKL, folder: Path, data: Dataset, config: PretrainConfig, accelerator: Accelerator
+) -> None:
+    fresh = validation_scenes(folder / "validation", config.seed).pixels
+    step = 0
+    for step, mse in train_autoencoder(model, data, folder, config.autoencoder, accelerator):
+        if step % 500 == 0:
+            log(folder, stage="autoencoder", step=step, mse=mse, psnr=psnr(model, fresh))
+    if step:  # it did not end before, only to be killed while encoding
+        log(folder, stage="autoencoder", step=step, averaged=True, psnr=psnr(model, fresh))
 
 
 def main() -> None:
@@ -308,12 +304,19 @@ def main() -> None:
     ):
         default = getattr(PretrainConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    parser.add_argument("--autoencoder-steps", type=int, default=AutoencoderConfig().steps)
+    parser.add_argument(
+        "--autoencoder-minutes",
+        type=float,
+        help=f"wall time of its training; {AutoencoderConfig().minutes:g}, or 0 with --from-weights: the latents stay what they are",
+    )
     parser.add_argument("--from-weights", action="store_true", help="go on from the shipped weights alone")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    options = {k: v for k, v in vars(args).items() if k not in ("folder", "autoencoder_steps")}
-    config = PretrainConfig(**options, autoencoder=AutoencoderConfig(steps=args.autoencoder_steps))
+    options = {k: v for k, v in vars(args).items() if k not in ("folder", "autoencoder_minutes")}
+    minutes = args.autoencoder_minutes
+    if minutes is None:
+        minutes = 0.0 if args.from_weights else AutoencoderConfig().minutes
+    config = PretrainConfig(**options, autoencoder=AutoencoderConfig(minutes=minutes))
     accelerator = Accelerator(mixed_precision="bf16")
     log(args.folder, stage="start", device=str(accelerator.device), **asdict(config))
 
@@ -322,7 +325,8 @@ def main() -> None:
     if config.from_weights:
         unet.load_state_dict(read_weights("unet"))
         text_encoder.load_state_dict(read_weights("text_encoder"))
-    validation = validation_scenes(args.folder / "validation", autoencoder, config.seed)
+    fresh = validation_scenes(args.folder / "validation", config.seed)
+    validation = encode_dataset(autoencoder, fresh), fresh
     sums = np.zeros(6)
     judge = shipped_judge()
     if judge is None:

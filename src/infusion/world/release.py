@@ -1,7 +1,7 @@
 """Ship a trained base: python -m infusion.world.release --folder runs/base
 
-Writes the networks in fp16, in files below 15 MB, with their index, the loss curve and the model card,
-into the package's `weights` folder (or --out).
+Writes the networks in fp16, in files below 15 MB, with their index, the trainings they have been through, the loss curve and the model
+card, into the package's `weights` folder (or --out).
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infusion.world.grounding import BARS
+from infusion.world.models import LATENT_CHANNELS, LATENT_SIDE, build_autoencoder, build_text_encoder, build_unet
 from infusion.world.runs import read_log
+from infusion.world.tokenizer import build_tokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHARD_BYTES = 14_000_000
 PARTS = ("vae", "text_encoder", "unet")
+TRAININGS = "trainings.json"
 
 
 def write_weights(networks: dict[str, nn.Module], folder: Path) -> dict[str, Any]:
@@ -56,6 +60,13 @@ def read_weights(part: str, folder: Path = WEIGHTS) -> dict[str, Tensor]:
     return {k: v.float() for name in index["files"][part] for k, v in load_file(folder / name).items()}
 
 
+def shipped_autoencoder() -> AutoencoderKL:
+    """The shipped autoencoder. Raises FileNotFoundError where none is shipped."""
+    model = build_autoencoder()
+    model.load_state_dict(read_weights("vae"))
+    return model.eval()
+
+
 def _shards(state: dict[str, Tensor]) -> Iterable[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     for name, tensor in sorted(state.items()):
@@ -85,39 +96,76 @@ def draw_curve(log: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def model_card(log: list[dict[str, Any]], index: dict[str, Any], folder: Path) -> str:
-    """The card in Markdown, from the run's own log."""
+def training_of(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """A training in short, from its run's log: pictures seen and minutes spent up to the weights that are released, its settings, and
+    what its autoencoder saw (None where it was left as it was)."""
     starts = [line for line in log if line["stage"] == "start"]
-    start = starts[0]
     base = [line for line in log if line["stage"] == "base"]
     coder = [line for line in log if line["stage"] == "autoencoder"]
+    kept = _kept(log, base)
+    return {
+        "scenes": starts[0]["scenes"],
+        "pictures": kept["seen"],
+        "batch": starts[0]["batch"],
+        "minutes": round(kept["seconds"] / 60),
+        "settings": f"{_parts(starts, base)}; the rate falls to zero over the last {starts[-1]['decay']:.0%}",
+        "autoencoder": {
+            "steps": coder[-1]["step"],
+            "crops": starts[0]["autoencoder"]["batch"],
+            "minutes": starts[0]["autoencoder"]["minutes"],
+            "psnr": round(coder[-1]["psnr"], 2),
+        }
+        if coder
+        else None,
+    }
+
+
+def read_trainings(folder: Path = WEIGHTS) -> list[dict[str, Any]]:
+    """The trainings (`training_of`) that the shipped weights have been through, in order."""
+    return json.loads((folder / TRAININGS).read_text())
+
+
+def model_card(trainings: list[dict[str, Any]], log: list[dict[str, Any]], index: dict[str, Any], folder: Path) -> str:
+    """The card in Markdown, from the trainings gone through and the last one's own log."""
+    start = next(line for line in log if line["stage"] == "start")
     gate = next((line for line in reversed(log) if line["stage"] == "done"), {})
     bytes_ = sum((folder / name).stat().st_size for names in index["files"].values() for name in names)
-    kept = _kept(log, base)
-    seen, seconds = kept["seen"], kept["seconds"]
+    coders = [t["autoencoder"] for t in trainings if t["autoencoder"]]
+    seen, minutes = (sum(t[key] for t in trainings) for key in ("pictures", "minutes"))
+    parts = "\n".join(
+        f"{i}. {t['pictures']:,} pictures in {t['minutes']} min; {t['settings']}." for i, t in enumerate(trainings, 1)
+    )
+    curves = "\n\n".join(
+        f"![loss curve of training {i}](loss-{i}.png)"
+        for i in range(1, len(trainings) + 1)
+        if (folder / f"loss-{i}.png").exists()
+    )
     return f"""# The embedded base
 
 A small latent diffusion model of the procedural world in `infusion.world`, in diffusers' own classes
 (AutoencoderKL, CLIPTextModel, CLIPTokenizer, UNet2DConditionModel in a StableDiffusionPipeline).
-64x64 pictures, 16x16x6 latents, ten cross-attention layers, 1,344 values a concept. It knows its own world and
+64x64 pictures, {LATENT_SIDE}x{LATENT_SIDE}x{LATENT_CHANNELS} latents, ten cross-attention layers, 1,344 values a concept. It knows its own world and
 nothing else.
 
 | | |
 |---|---|
 | files | {bytes_:,} bytes, fp16 safetensors |
 | SHA-256 over the shards, in the order of `index.json` | `{index["sha256"]}` |
-| training set | {start["scenes"]:,} scenes drawn once, four captions each; held-out combinations never drawn (`scenes.held_out`) |
-| autoencoder | {coder[-1]["step"]:,} steps of {start["autoencoder"]["batch"]} crops of 32x32, the last 15 % on whole scenes; {coder[-1]["psnr"]:.1f} dB PSNR on 64 of its scenes |
-| text encoder and UNet | {seen:,} pictures seen ({kept["step"]:,} steps of {start["batch"]}), v-prediction, AdamW, averaged weights ({start["ema"]}), captions dropped {start["caption_dropout"]:.0%} |
-| settings | {_parts(starts, base)}; the rate falls to zero over the last {starts[-1]["decay"]:.0%} |
+| training set | {start["scenes"]:,} scenes drawn once a training, four captions each; held-out combinations never drawn (`scenes.held_out`) |
+| autoencoder | {"; then ".join(f"{c['steps']:,} steps of {c['crops']} crops of 32x32 in {c['minutes']:g} min, {c['psnr']:.1f} dB PSNR" for c in coders)}; the last 15 % of each on whole scenes |
+| text encoder and UNet | {seen:,} pictures seen, v-prediction, AdamW, averaged weights ({start["ema"]}), captions dropped {start["caption_dropout"]:.0%} |
 | terms beside denoising | grounding: the class word's maps of 16x16 and 8x8 on the subject's mask; separation: words of one kind apart in the text encoder; segmentation and attributes: each pixel's class, colours, pattern and accessory, read from features; subjects: how much more errors inside masks count |
 | hardware | {platform.machine()}, {torch.get_num_threads()} CPU threads, bf16 autocast, torch {torch.__version__} |
-| wall time | text encoder and UNet {seconds / 60:.0f} min, with other work beside it |
+| wall time | text encoder and UNet {minutes:.0f} min, with other work beside it |
 | map gate | peak inside the mask {gate.get("peak", float("nan")):.1%}, soft IoU {gate.get("iou", float("nan")):.2f}, inside/outside {gate.get("ratio", float("nan")):.1f}, two subjects each on its own {gate.get("own", float("nan")):.1%} ({gate.get("count", 0)} subjects) |
 
 The bar for the map gate is {BARS["peak"]:.0%} inside, IoU {BARS["iou"]:.2f}, {BARS["own"]:.0%} on their own: this base {_verdict(gate)}.
 
-![loss curve](loss.png)
+Its trainings, each begun from the weights of the one before, in batches of {start["batch"]}:
+
+{parts}
+
+{curves}
 
 Means of what was minimized: where a setting changed (above), values before and after do not compare.
 
@@ -126,7 +174,7 @@ What it draws of 64 unseen combinations is in `docs/world.md`, with what was see
 **Its attention maps come from supervision.** Real Stable Diffusion gets usable maps from scale. This base is too small
 for that: its training holds the class word's map to the subject's true mask (as TokenCompose, arXiv 2312.03626).
 
-Train it again: `python -m infusion.world.pretrain --folder runs/base --minutes {starts[-1]["minutes"]:.0f}`, then
+Train one like it: `python -m infusion.world.pretrain --folder runs/base --autoencoder-minutes {sum(c["minutes"] for c in coders):.0f} --minutes {minutes:.0f}`, then
 `python -m infusion.world.release --folder runs/base`. It uses a GPU where there is one. Go on from these weights
 alone: add `--from-weights` and a new folder.
 """
@@ -167,9 +215,6 @@ def _parts(starts: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Command line."""
-    from infusion.world.models import build_autoencoder, build_text_encoder, build_unet
-    from infusion.world.tokenizer import build_tokenizer
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="folder of `infusion.world.pretrain`")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
@@ -180,8 +225,11 @@ def main() -> None:
         networks[part].load_state_dict(state)
     index = write_weights(networks, args.out)
     log = read_log(args.folder)
-    draw_curve(log, args.out / "loss.png")
-    (args.out / "README.md").write_text(model_card(log, index, args.out))
+    begun = next(line for line in log if line["stage"] == "start")
+    trainings = [*(read_trainings() if begun["from_weights"] else []), training_of(log)]
+    (args.out / TRAININGS).write_text(json.dumps(trainings, indent=1) + "\n")
+    draw_curve(log, args.out / f"loss-{len(trainings)}.png")
+    (args.out / "README.md").write_text(model_card(trainings, log, index, args.out))
     print(f"{args.out}: {sum(p.stat().st_size for p in args.out.glob('*.safetensors')):,} bytes")
 
 

@@ -54,10 +54,15 @@ class Run:
         return self.seconds < 60 * self.schedule.minutes
 
     @property
+    def share(self) -> float:
+        """Of the time, that is spent."""
+        return self.seconds / (60 * self.schedule.minutes)
+
+    @property
     def learning_rate(self) -> float:
         """That of the coming step."""
-        s, limit = self.schedule, 60 * self.schedule.minutes
-        return s.learning_rate * min(1.0, (self.step + 1) / s.warmup, (limit - self.seconds) / (s.decay * limit))
+        s = self.schedule
+        return s.learning_rate * min(1.0, (self.step + 1) / s.warmup, (1 - self.share) / s.decay)
 
     def update(self, loss: Tensor, accelerator: Accelerator) -> None:
         """One step down the loss's gradient, clipped to norm 1; saves when it is time to."""

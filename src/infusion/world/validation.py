@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from infusion.world.autoencoder import encode_dataset
 from infusion.world.dataset import GRID, Dataset, build_dataset, load_dataset, sample_batch
 from infusion.world.grounding import MapGate, map_gate, mean_heat, recorded_maps
 from infusion.world.models import build_scheduler
@@ -26,12 +25,11 @@ class Validation:
     subject: dict[int, float]
 
 
-def validation_scenes(folder: Path, autoencoder: AutoencoderKL, seed: int, count: int = 256) -> tuple[Tensor, Dataset]:
-    """Latents and truth of fresh scenes, drawn into `folder` from another seed than the training set's `seed`."""
+def validation_scenes(folder: Path, seed: int, count: int = 256) -> Dataset:
+    """Fresh scenes, drawn into `folder` from another seed than the training set's `seed`."""
     for _ in build_dataset(folder, count, seed + 1):
         pass
-    data = load_dataset(folder)
-    return encode_dataset(autoencoder, data), data
+    return load_dataset(folder)
 
 
 @torch.no_grad()
