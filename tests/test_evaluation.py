@@ -95,11 +95,15 @@ def test_verdicts(pipe, photos):
         return verdict(replace(figures, **changes))
 
     assert told(background_above=Estimate(0.2, 0.1, 0.3, 40))[1].startswith("It repeats its background")
-    assert told(background_above=Estimate(0.2, -0.1, 0.5, 40))[1].startswith("It keeps to the places")
+    assert told(background_above=Estimate(0.0, -0.1, 0.02, 40))[1].startswith("It keeps to the places")
+    unsure = told(background_above=Estimate(0.2, -0.1, 0.5, 40))[1]
+    assert unsure.startswith("Whether it repeats its background cannot be told from 4 pictures (+0.2, between -0.1")
     poor = told(variety_base=Estimate(0.8, 0.7, 0.9, 9), variety_above=Estimate(-0.2, -0.3, -0.1, 9))
     assert poor[2] == "Its pictures of one prompt vary less than the base's (-25%)."
-    same = told(variety_base=Estimate(0.8, 0.7, 0.9, 9), variety_above=Estimate(-0.2, -0.5, 0.1, 9))
-    assert same[2].startswith("Its pictures of one prompt vary as the base's do")
+    same = told(variety_base=Estimate(0.8, 0.7, 0.9, 9), variety_above=Estimate(-0.01, -0.04, 0.1, 9))
+    assert same[2] == "Its pictures of one prompt vary as the base's do (-1%)."
+    few = told(variety_base=Estimate(0.8, 0.7, 0.9, 9), variety_above=Estimate(-0.2, -0.5, 0.1, 9))
+    assert "vary less than the base's cannot be told" in few[2]
 
 
 def test_settings_that_make_no_sense_are_refused():

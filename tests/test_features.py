@@ -68,24 +68,31 @@ def dino(tmp_path_factory):
 def test_figures_equal_the_models_written_out(clip, dino):
     spaces = load_features(clip, dino)
     assert [s.name for s in spaces] == ["CLIP", "DINO"]
-    custom, base, photos, texts = (
-        pictures(3, 0),
-        pictures(3, 1),
-        pictures(2, 2),
-        ["a dog", "a red car", "a cat in snow"],
-    )
-    found = feature_figures(spaces[0], custom, base, photos, texts)
+    custom, base, photos, classes = pictures(4, 0), pictures(4, 1), pictures(2, 2), (pictures(3, 3), pictures(3, 4))
+    texts = ["a dog", "a dog", "a red car", "a red car"]
+    found = feature_figures(spaces[0], custom, base, photos, texts, classes, 2)
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
     with torch.no_grad():
-        out = model(**processor(text=texts, images=custom + base + photos, return_tensors="pt", padding=True))
+        out = model(
+            **processor(
+                text=texts,
+                images=[*custom, *base, *photos, *classes[0], *classes[1]],
+                return_tensors="pt",
+                padding=True,
+            )
+        )
     unit, words = out.image_embeds, out.text_embeds
-    assert found.subject.value == pytest.approx(float((unit[:3] @ unit[6:].T).mean()), abs=1e-5)
-    assert found.subject_above.value == pytest.approx(
-        float((unit[:3] @ unit[6:].T).mean() - (unit[3:6] @ unit[6:].T).mean()), abs=1e-5
-    )
-    assert found.text.value == pytest.approx(float((unit[:3] * words).sum(1).mean()), abs=1e-5)
-    assert found.text_above.value == pytest.approx(float(((unit[:3] - unit[3:6]) * words).sum(1).mean()), abs=1e-5)
-    plain = feature_figures(spaces[1], custom, base, photos, texts)
+    ours, theirs, real, of_class, of_class_base = unit.split((4, 4, 2, 3, 3))
+    near = lambda value: pytest.approx(float(value), abs=1e-5)  # noqa: E731
+    assert found.subject.value == near((ours @ real.T).mean())
+    assert found.subject_above.value == near((ours @ real.T).mean() - (theirs @ real.T).mean())
+    assert found.text.value == near((ours * words).sum(1).mean())
+    assert found.text_above.value == near(((ours - theirs) * words).sum(1).mean())
+    assert found.diversity.value == near(1 - (ours[0] @ ours[1] + ours[2] @ ours[3]) / 2)
+    assert found.diversity_base.value == near(1 - (theirs[0] @ theirs[1] + theirs[2] @ theirs[3]) / 2)
+    assert found.preservation.value == near((of_class @ real.T).mean())
+    assert found.preservation_above.value == near((of_class @ real.T).mean() - (of_class_base @ real.T).mean())
+    plain = feature_figures(spaces[1], custom, base, photos, texts, classes, 2)
     assert plain.text is None
     assert plain.text_above is None
     pixels = ViTImageProcessorPil.from_pretrained(dino)(images=custom[0], return_tensors="pt")["pixel_values"]

@@ -18,7 +18,7 @@ from infusion.methods.infusion import infusion
 from infusion.methods.interface import MethodState
 from infusion.photos import Photo
 from infusion.report.curve import line_chart
-from infusion.steering import SteerConfig, _Watch, read_checkups, steered, write_checkups
+from infusion.steering import OTHER_SEEDS, SteerConfig, _Watch, read_checkups, steered, write_checkups
 from infusion.training import LearnConfig
 from tests.conftest import latents
 
@@ -65,9 +65,10 @@ def looks(monkeypatch):
     def given(background, position=()):
         done = []
 
-        def hits(self, *drawn):
-            done.append(1)
-            found = [[0, *given][len(done) - 1] if given else 0 for given in (background, position)]
+        def hits(self, anywhere, positioned, *_):
+            done.append(1)  # the first two are of the base's own
+            drawn = (anywhere, positioned)
+            found = [[0, 0, *given][len(done) - 1] if given else 0 for given in (background, position)]
             return {
                 name: torch.full((len(pictures),), bool(hit))
                 for name, pictures, hit in zip(("background", "position"), drawn, found, strict=True)
@@ -146,8 +147,14 @@ def test_a_picture_that_stands_where_a_photo_does_repeats_its_position(pipe, les
     at = lambda *columns: torch.stack([_spot(lesson.latents[0], column) for column in columns])  # noqa: E731
     watch = _Watch(pipe, dataclasses.replace(lesson, latents=at(3, 6)), SteerConfig(**QUICK), lambda *_: None)
     anywhere = torch.randn(4, *lesson.latents.shape[1:], generator=torch.Generator().manual_seed(0))
-    assert watch._hits(anywhere, at(0, 1, 2, 7))["position"].tolist() == [False, False, True, True]  # an eighth away
-    assert watch._hits(anywhere, at(6, 3, 4, 1))["position"].tolist() == [True, True, True, False]
+    limits = watch.references[0].centre, watch.references[0].level
+    assert watch._hits(anywhere, at(0, 1, 2, 7), *limits)["position"].tolist() == [
+        False,
+        False,
+        True,
+        True,
+    ]  # an eighth away
+    assert watch._hits(anywhere, at(6, 3, 4, 1), *limits)["position"].tolist() == [True, True, True, False]
 
 
 def test_a_background_like_a_photos_more_than_the_bases_repeats_it(pipe, lesson):
@@ -155,9 +162,27 @@ def test_a_background_like_a_photos_more_than_the_bases_repeats_it(pipe, lesson)
     positioned = torch.zeros(2, *lesson.latents.shape[1:])
     photo = lesson.latents[1:2].clone()
     photo[:, :, ~watch.outside] = 9  # whatever the subject looks like
-    hits = watch._hits(torch.cat([photo, watch.centre.float()]), positioned)["background"]
+    base = watch.references[0]
+    hits = watch._hits(torch.cat([photo, base.centre.float()]), positioned, base.centre, base.level)["background"]
     assert hits.tolist() == [True, False]
-    assert watch.base["background"] == pytest.approx(0.25)  # of four pictures one lies above the 0.9 quantile
+    for reference in watch.references:  # of four pictures one lies above the 0.9 quantile
+        assert reference.rates["background"] == pytest.approx(0.25)
+
+
+def test_looks_take_turns_between_two_sets_of_seeds(pipe, lesson, monkeypatch):
+    watch, seeds = _Watch(pipe, lesson, SteerConfig(**QUICK), lambda *_: None), []
+    real = _Watch._drawn
+    monkeypatch.setattr(
+        _Watch,
+        "_drawn",
+        lambda self, pipe, subject, seed, label: (seeds.append(seed), real(self, pipe, subject, seed, label))[1],
+    )
+    state = next(infusion(pipe, lesson, LearnConfig(1, 2)))
+    looks = [watch.look(state) for _ in range(3)]
+    assert seeds == [0, OTHER_SEEDS, 0]
+    assert looks[0] == looks[2]
+    first, second = watch.references
+    assert not torch.equal(first.centre, second.centre)
 
 
 def _spot(like, column):

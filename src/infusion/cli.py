@@ -70,7 +70,8 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     batch: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--lr", help="0.01 to 0.03 on Stable Diffusion, 0.06 on the embedded base.")
+        float | None,
+        typer.Option("--lr", help="0.01 to 0.03 on Stable Diffusion (0.02 if not given), 0.06 on the embedded base."),
     ] = None,
     flip: Annotated[bool, typer.Option(help="Learn from mirror images too; --no-flip for asymmetric subjects.")] = True,
     mask: Annotated[bool, typer.Option(help="Count only the subject; --no-mask counts the whole picture.")] = True,
@@ -101,12 +102,13 @@ def train(
         from infusion.concept import Concept
         from infusion.lesson import prepare_lesson
         from infusion.methods.infusion import infusion
+        from infusion.methods.interface import drawn_at
         from infusion.photos import load_photos
         from infusion.steering import SteerConfig, steered, write_checkups
         from infusion.training import LearnConfig
 
         steer = SteerConfig(every=evaluate_every or (50 if stop_when_overfit else 0), stop=stop_when_overfit)
-        drawn_at = EMBEDDED_STRENGTH if base == EMBEDDED else 1.0
+        strength = EMBEDDED_STRENGTH if base == EMBEDDED else 1.0
         if learning_rate is None and base == EMBEDDED:
             learning_rate = EMBEDDED_RATE
         given = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
@@ -126,7 +128,7 @@ def train(
         try:
             told("Encoding the photos", 0, 0)
             lesson = prepare_lesson(pipe, pictures, word, name, flip=flip, masked=mask)
-            for now in steered(pipe, infusion(pipe, lesson, config, drawn_at), lesson, steer, told):
+            for now in steered(pipe, drawn_at(infusion(pipe, lesson, config), strength), lesson, steer, told):
                 told(f"Learning <{name}>", now.state.step, now.state.steps, f"loss {now.state.loss:.4f}")
                 if now.checkup:
                     checkups.append(now.checkup.plain())
@@ -154,7 +156,7 @@ def train(
     )
     if failed:
         raise failed
-    called = f"<{name}>" if drawn_at == 1 else f"<{name}:{drawn_at:g}>"
+    called = f"<{name}>" if strength == 1 else f"<{name}:{strength:g}>"
     say.print(
         f'Next: infusion generate --base {base} --concept {path} "a photo of a {called} on the beach" -o pictures'
     )

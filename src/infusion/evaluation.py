@@ -10,7 +10,7 @@ embedded base; what is left out is named.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
@@ -167,13 +167,23 @@ def evaluate(
     figures, nearest_photos = _figures(pipe, lesson, base, ours, forgotten, config)
     pictures = [p.image for p in ours], [p.image for p in base], list(lesson.pictures)
     plain = [t.format(f"a {word}") for t in texts]
+    classes = _of_class(drawn, adapter, pipe, other[-config.other_seeds :]) if spaces else ([], [])
     figures = replace(
         figures,
-        features={space.name: feature_figures(space, *pictures, plain) for space in spaces},
-        judged=judged_figures(judge, *pictures, plain) if judge else None,
+        features={space.name: feature_figures(space, *pictures, plain, classes, config.seeds) for space in spaces},
+        judged=judged_figures(judge, *pictures, plain, class_words().get(word.lower())) if judge else None,
     )
     missing = (*left_out(spaces), LPIPS)
     return Evaluation(adapter.subject, figures, verdict(figures), base, ours, nearest_photos, lesson, config, missing)
+
+
+def _of_class(
+    drawn: Callable[..., list[Picture]], adapter: Adapter, pipe: DiffusionPipeline, base: Sequence[Picture]
+) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Pictures of the plain class word by the adapter, and the base's of the same prompt and seeds."""
+    with adapter.attached(pipe) as custom:
+        ours = drawn("Drawing the class", custom, [p.prompt for p in base], [p.seed for p in base])
+    return [p.image for p in ours], [p.image for p in base]
 
 
 def verdict(f: Figures) -> tuple[str, ...]:
@@ -192,16 +202,26 @@ def verdict(f: Figures) -> tuple[str, ...]:
         said.append(
             f"It repeats its background: on the same prompts, similarity to the photos' is {f.background_above.value:+.3f} above the base's."
         )
-    else:
+    elif f.background_above.high <= 0.02:
         said.append(
             f"It keeps to the places it is asked for: similarity to the photos' background is {f.background_above.value:+.3f} beside the base's."
         )
-    loss = f.variety_above.value / f.variety_base.value if f.variety_base.value else 0.0
+    else:
+        said.append(_untold("it repeats its background", f.background_above, 1, f.pictures))
+    scale = f.variety_base.value or 1.0
+    loss = f.variety_above.value / scale
     if f.variety_above.high < 0 and loss < -0.05:
         said.append(f"Its pictures of one prompt vary less than the base's ({loss:+.0%}).")
-    else:
+    elif f.variety_above.low / scale >= -0.05:
         said.append(f"Its pictures of one prompt vary as the base's do ({loss:+.0%}).")
+    else:
+        said.append(_untold("its pictures of one prompt vary less than the base's", f.variety_above, scale, f.pictures))
     return tuple(said)
+
+
+def _untold(what: str, found: Estimate, scale: float, pictures: int) -> str:
+    low, value, high = (f"{x / scale:+.2g}" for x in (found.low, found.value, found.high))
+    return f"Whether {what} cannot be told from {pictures} pictures ({value}, between {low} and {high}); draw more with --seeds."
 
 
 def forgetting(
@@ -214,10 +234,10 @@ def forgetting(
     def predicted(pipe: DiffusionPipeline) -> list[dict[str, Tensor]]:
         return [predicted_noise(denoiser(pipe), latents, alphas, kind, seed=seed) for latents in groups]
 
-    base = predicted(pipe)
+    by_base = predicted(pipe)
     with adapter.attached(pipe) as custom:
-        ours = predicted(custom)
-    return [divergence(a, b, alphas) for a, b in zip(base, ours, strict=True)]
+        by_custom = predicted(custom)
+    return [divergence(a, b, alphas) for a, b in zip(by_base, by_custom, strict=True)]
 
 
 def unrelated(prompts: Sequence[str], word: str) -> list[str]:

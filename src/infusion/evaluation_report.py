@@ -87,6 +87,11 @@ def _feature_facts(f: Figures) -> list[tuple[str, str]]:
         facts += [(f"{name}: like the photos", str(x.subject)), ("The same, above the base's", str(x.subject_above))]
         if x.text and x.text_above:
             facts += [(f"{name}: like the prompt", str(x.text)), ("The same, above the base's", str(x.text_above))]
+        facts += [
+            (f"{name}: diversity of one prompt's pictures (DIV); the base's", f"{x.diversity}; {x.diversity_base}"),
+            (f"{name}: the plain class word's pictures like the photos (PRES)", str(x.preservation)),
+            ("The same, above the base's", str(x.preservation_above)),
+        ]
     if j := f.judged:
         facts += [
             ("Judge: like the photos' subject", str(j.likeness)),
@@ -103,7 +108,7 @@ def _feature_facts(f: Figures) -> list[tuple[str, str]]:
         facts += [
             (
                 f"Judge: the photos' {name} where another was asked for, above the base's",
-                f"{leaked.above}; {leaked.unread} not read",
+                f"{leaked.above}; {leaked.custom} by the adapter, {leaked.base} by the base; {leaked.unread} not read",
             )
             for name, leaked in j.leaks.items()
         ]

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
 
 from infusion.errors import InfusionError
-from infusion.metrics.estimate import Estimate, bootstrap, paired
-from infusion.metrics.similarity import agreement, resemblance
+from infusion.metrics.estimate import Estimate, paired
+from infusion.metrics.similarity import agreement, alignment, diversity, fidelity, preservation, resemblance
 
 
 class Features(Protocol):
@@ -72,12 +72,17 @@ class Dino:
 @dataclass(frozen=True)
 class FeatureFigures:
     """In one feature space: subject fidelity (mean cosine to the photos), text alignment (cosine to the prompt with the class
-    word; None without texts), and the paired differences to the base's pictures of the same prompts and seeds."""
+    word; None without texts), diversity of one prompt's pictures (DIV), and likeness of the plain class word's pictures to the photos (PRES, higher is
+    worse); `above` are the paired differences to the base's pictures of the same prompts and seeds."""
 
     subject: Estimate
     subject_above: Estimate
     text: Estimate | None
     text_above: Estimate | None
+    diversity: Estimate
+    diversity_base: Estimate
+    preservation: Estimate
+    preservation_above: Estimate
 
 
 def load_features(clip: str | None = None, dino: str | None = None) -> tuple[Features, ...]:
@@ -106,17 +111,22 @@ def feature_figures(
     base: Sequence[Image.Image],
     photos: Sequence[Image.Image],
     texts: Sequence[str],
+    classes: tuple[Sequence[Image.Image], Sequence[Image.Image]],
+    each: int,
 ) -> FeatureFigures:
-    """Figures of pictures (n) beside the base's (n) of the same prompts `texts` (n) and seeds."""
-    ours, theirs, real = (space.pictures(part) for part in (custom, base, photos))
-    like = [resemblance(x, real) for x in (ours, theirs)]
+    """Figures of pictures (n) beside the base's (n) of the same prompts `texts` (n), `each` pictures of a prompt in a row, and seeds. classes:
+    pictures of the plain class word by either, of the same seeds."""
+    ours, theirs, real, of_class, of_class_base = (space.pictures(p) for p in (custom, base, photos, *classes))
     words = space.texts(texts)
-    follows = None if words is None else [agreement(x, words) for x in (ours, theirs)]
     return FeatureFigures(
-        bootstrap(like[0]),
-        paired(like[0], like[1]),
-        None if follows is None else bootstrap(follows[0]),
-        None if follows is None else paired(follows[0], follows[1]),
+        subject=fidelity(ours, real),
+        subject_above=paired(resemblance(ours, real), resemblance(theirs, real)),
+        text=None if words is None else alignment(ours, words),
+        text_above=None if words is None else paired(agreement(ours, words), agreement(theirs, words)),
+        diversity=diversity(ours.unflatten(0, (-1, each))),
+        diversity_base=diversity(theirs.unflatten(0, (-1, each))),
+        preservation=preservation(of_class, real),
+        preservation_above=paired(resemblance(of_class, real), resemblance(of_class_base, real)),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from infusion.metrics.estimate import Estimate, bootstrap, paired
 from infusion.metrics.leaks import Leak, leak
 from infusion.world.judge import Judge, Reading
-from infusion.world.questions import asked_in, shown
+from infusion.world.questions import asked_in, meant, shown
 from infusion.world.truth import ATTRIBUTES, TEXT
 
 
@@ -40,22 +40,24 @@ def judged_figures(
     base: Sequence[Image.Image],
     photos: Sequence[Image.Image],
     prompts: Sequence[str],
+    kind: str | None = None,
 ) -> JudgedFigures:
-    """Figures of pictures (n) beside the base's (n) of the same prompts (n) and seeds."""
+    """Figures of pictures (n) beside the base's (n) of the same prompts (n) and seeds. kind: the subject's class, by which it is told from another
+    in a picture of two."""
     ours, theirs, real = (judge.read(stacked(part)) for part in (custom, base, photos))
     truth = photo_embedding(real)
-    like = [torch.tensor([likeness(r, truth) for r in part]) for part in (ours, theirs)]
+    like = [torch.tensor([likeness(r, truth, kind) for r in part]) for part in (ours, theirs)]
     common = {name: _common([shown(r)[name] for r in real]) for name in (*ATTRIBUTES, *TEXT)}
-    right = [[_share(shown(r), {n: common[n] for n in ATTRIBUTES}) for r in part] for part in (ours, theirs)]
+    right = [[_share(shown(r, kind), {n: common[n] for n in ATTRIBUTES}) for r in part] for part in (ours, theirs)]
     asked = [asked_in(p) for p in prompts]
-    follows = [[_share(shown(r), a) for r, a in zip(part, asked, strict=True)] for part in (ours, theirs)]
+    follows = [[_share(shown(r, kind), a) for r, a in zip(part, asked, strict=True)] for part in (ours, theirs)]
     leaks = {}
     for name in TEXT:
         trained = common[name]
         wanted = [a.get(name) for a in asked]
         if trained and any(w not in (None, trained) for w in wanted):
             try:
-                leaks[name] = leak([shown(r)[name] for r in ours], [shown(r)[name] for r in theirs], wanted, trained)
+                leaks[name] = leak(*([shown(r, kind)[name] for r in part] for part in (ours, theirs)), wanted, trained)
             except ValueError:  # no picture of these could be read
                 continue
     attributes, text = _both(right), _both(follows)
@@ -87,9 +89,10 @@ def photo_embedding(photos: Sequence[Reading]) -> Tensor | None:
     return torch.nn.functional.normalize(torch.stack(found).mean(0), dim=0) if found else None
 
 
-def likeness(reading: Reading, truth: Tensor | None) -> float:
-    """Cosine of the surest subject to the photos' subject; 0 where either is missing."""
-    return float(reading.subjects[0].embedding @ truth) if reading.subjects and truth is not None else 0.0
+def likeness(reading: Reading, truth: Tensor | None, kind: str | None = None) -> float:
+    """Cosine of the subject that is `meant` to the photos' subject; 0 where either is missing."""
+    subject = meant(reading, kind)
+    return 0.0 if subject is None or truth is None else float(subject.embedding @ truth)
 
 
 def stacked(pictures: Sequence[Image.Image]) -> Tensor:

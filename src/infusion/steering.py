@@ -33,6 +33,7 @@ from infusion.metrics.similarity import centroids, cosines, spread
 from infusion.streams import require_unet
 
 QUANTILE = 0.9  # of the base's own likeness to the photos; above it lies a repeat
+OTHER_SEEDS = 500  # added for every other look; `of_each` leaves room for that many pictures of a prompt
 NEAR = 1 / 6  # of the picture's side: subjects nearer to each other than this stand at the same place
 POSITIONED = (
     "a photo of {} on the left",
@@ -148,8 +149,21 @@ def _reason(checkup: Checkup, name: str, best: MethodState | None, config: Steer
     )
 
 
+@dataclass(frozen=True)
+class _Reference:
+    """The base's own pictures of one set of seeds: their centre, the likeness above which a picture repeats the photos' background, the
+    base's own rates of repeats, and how far its pictures of one prompt lie apart."""
+
+    seed: int
+    centre: Tensor
+    level: float
+    rates: dict[str, float]
+    spread: float
+
+
 class _Watch:
-    """The base's own pictures and how like the photos they are, drawn once, and how an adapter does beside them."""
+    """The base's own pictures and how like the photos they are, drawn once, and how an adapter does beside them. Looks take turns between two
+    sets of seeds, so that two in a row are not wrong for the same pictures' sake."""
 
     def __init__(self, pipe: DiffusionPipeline, lesson: Lesson, config: SteerConfig, told: Progress) -> None:
         self.pipe = rebuilt(pipe, scheduler=DPMSolverMultistepScheduler.from_config(pipe.scheduler.config))
@@ -157,11 +171,8 @@ class _Watch:
         outside = lesson.outside()  # where the subject is everywhere, the whole picture must do
         self.outside = torch.ones(lesson.masks.shape[1:], dtype=torch.bool) if outside is None else outside
         self.places = self._places(lesson.latents)
-        base = self._drawn(self.pipe, f"a {lesson.word}", "Drawing with the base")
-        self.centre = base[0].mean(0, keepdim=True).cpu().double()
-        self.level = float(self._likeness(base[0]).quantile(QUANTILE))
-        self.base = {name: float(hits.double().mean()) for name, hits in self._hits(*base).items()}
-        self.spread = float(self._spread(base[0]))
+        self.references = [self._reference(config.seed), self._reference(config.seed + OTHER_SEEDS)]
+        self.looks = 0
         others = unrelated(OTHERS, lesson.word)
         seeds = [config.seed + i for i in range(2 * len(others))]
         pictures = generate(self.pipe, others * 2, seeds, config.steps, config.guidance_scale)
@@ -170,34 +181,42 @@ class _Watch:
 
     def look(self, state: MethodState) -> Checkup:
         adapter: Adapter = state.adapter
+        base = self.references[self.looks % len(self.references)]
+        self.looks += 1
         with adapter.attached(self.pipe) as custom:
-            drawn = self._drawn(custom, adapter.subject, f"Looking at step {state.step}")
+            drawn = self._drawn(custom, adapter.subject, base.seed, f"Looking at step {state.step}")
         repeats = {}
-        for name, hits in self._hits(*drawn).items():
+        for name, hits in self._hits(*drawn, base.centre, base.level).items():
             found = rate(hits)
-            repeats[name] = Repeats(found, found.value - self.base[name])
+            repeats[name] = Repeats(found, found.value - base.rates[name])
         divergence = forgetting(self.pipe, adapter, [self.others], self.config.seed)[0].eps.value
-        variety = float(self._spread(drawn[0])) / self.spread
-        return Checkup(state.step, state.loss, repeats, divergence, variety)
+        return Checkup(state.step, state.loss, repeats, divergence, self._spread(drawn[0]) / base.spread)
 
-    def _drawn(self, pipe: DiffusionPipeline, subject: str, label: str) -> tuple[Tensor, Tensor]:
+    def _reference(self, seed: int) -> _Reference:
+        anywhere, positioned = self._drawn(self.pipe, f"a {self.lesson.word}", seed, "Drawing with the base")
+        centre = anywhere.mean(0, keepdim=True).cpu().double()
+        level = float(self._likeness(anywhere, centre).quantile(QUANTILE))
+        hits = self._hits(anywhere, positioned, centre, level)
+        rates = {name: float(hit.double().mean()) for name, hit in hits.items()}
+        return _Reference(seed, centre, level, rates, self._spread(anywhere))
+
+    def _drawn(self, pipe: DiffusionPipeline, subject: str, seed: int, label: str) -> tuple[Tensor, Tensor]:
         """Latents of the pictures of the prompts and of the positioned prompts, `seeds` of each."""
         c = self.config
-        texts, seeds = of_each([p.format(subject) for p in (*c.prompts, *c.positioned)], c.seeds, c.seed)
+        texts, seeds = of_each([p.format(subject) for p in (*c.prompts, *c.positioned)], c.seeds, seed)
         pictures = generate(pipe, texts, seeds, c.steps, c.guidance_scale, on_step=lambda a, b: self.told(label, a, b))
         latents = encode_pictures(self.pipe, [p.image for p in pictures])
         n = len(c.prompts) * c.seeds
         return latents[:n], latents[n:]
 
-    def _hits(self, anywhere: Tensor, positioned: Tensor) -> dict[str, Tensor]:
+    def _hits(self, anywhere: Tensor, positioned: Tensor, centre: Tensor, level: float) -> dict[str, Tensor]:
         """Which pictures repeat a photo, in what they must not: each (n,) bool."""
         distance = torch.cdist(self._places(positioned), self.places).amin(1)
-        return {"background": self._likeness(anywhere) > self.level, "position": distance < NEAR}
+        return {"background": self._likeness(anywhere, centre) > level, "position": distance < NEAR}
 
-    def _likeness(self, latents: Tensor) -> Tensor:
+    def _likeness(self, latents: Tensor, centre: Tensor) -> Tensor:
         """How like the nearest photo each picture is outside the subject."""
-        photos = self.lesson.latents.cpu().double() - self.centre
-        shown = latents.cpu().double() - self.centre
+        photos, shown = (x.cpu().double() - centre for x in (self.lesson.latents, latents))
         return cosines(shown[:, :, self.outside].flatten(1), photos[:, :, self.outside].flatten(1)).amax(1)
 
     def _places(self, latents: Tensor) -> Tensor:
@@ -205,8 +224,8 @@ class _Watch:
         drawn = replace(self.lesson, latents=latents, masks=torch.zeros_like(latents[:, 0]))
         return centroids(attention_masks(drawn, require_unet(self.pipe))).cpu().double()
 
-    def _spread(self, latents: Tensor) -> Tensor:
-        return spread(latents.cpu().double().flatten(1).unflatten(0, (-1, self.config.seeds))).mean()
+    def _spread(self, latents: Tensor) -> float:
+        return float(spread(latents.cpu().double().flatten(1).unflatten(0, (-1, self.config.seeds))).mean())
 
 
 def write_checkups(adapter: Path, checkups: Sequence[Mapping[str, Any]]) -> Path | None:

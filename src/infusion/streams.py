@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -113,10 +113,14 @@ class _Call:
     residuals: dict[str, Tensor]  # layer path -> residual of each entry (E, h * d)
     batch: int
     mode: Mode
-    doubled: bool  # whether foundational rows were appended
+    source: Tensor  # (C,)
     keep: Tensor | None = None  # rows that attention computes itself; None = all
     origin: Tensor | None = None  # for every row, its place among the kept ones
-    source: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def doubled(self) -> bool:
+        """Whether foundational rows were appended."""
+        return self.keep is not None
 
 
 class Streams:
@@ -268,27 +272,22 @@ class Streams:
         words = torch.zeros(len(entries), states.shape[1])
         for e, (_, mention) in enumerate(entries):
             words[e, list(mention.positions)] = mention.strength
-        call = _Call(
-            rows=torch.tensor(rows, device=device) + offset,
+        customized = [i + offset for i in rows]
+        source, keep, origin = customized, None, None
+        if self.mode == "joint" and self.two_streams:
+            source, keep, origin = _foundations(customized, batch)
+        places = lambda values: None if values is None else torch.tensor(values, device=device)  # noqa: E731
+        return _Call(
+            rows=torch.tensor(customized, device=device),
             entry_row=torch.tensor([c for c, _ in entries], device=device),
             words=words.to(device),
             residuals=self._entry_residuals([m.name for _, m in entries], states),
             batch=batch,
             mode=self.mode,
-            doubled=self.mode == "joint" and self.two_streams,
+            source=torch.tensor(source, device=device),
+            keep=places(keep),
+            origin=places(origin),
         )
-        call.source = call.rows
-        if call.doubled:
-            customized = [i + offset for i in rows]
-            plain = [r for r in range(batch) if r not in customized]
-            place = {r: i for i, r in enumerate([*plain, *range(batch, batch + len(rows))])}
-            foundation = {r: place[batch + c] for c, r in enumerate(customized)}
-            call.keep = torch.tensor(list(place), device=device)
-            call.origin = torch.tensor(
-                [foundation.get(r, place.get(r, 0)) for r in range(batch + len(rows))], device=device
-            )
-            call.source = torch.tensor(list(foundation.values()), device=device)
-        return call
 
     def _entry_residuals(self, names: list[str], like: Tensor) -> dict[str, Tensor]:
         """Residuals of the named concepts, stacked per layer; zero where a concept has none in a layer that another has."""
@@ -300,6 +299,18 @@ class Streams:
                 zero = torch.zeros(length)
                 stacked[path] = torch.stack([(zero if r is None else r).to(like.device, like.dtype) for r in found])
         return stacked
+
+
+def _foundations(customized: list[int], batch: int) -> tuple[list[int], list[int], list[int]]:
+    """Of a batch to which a foundational row for each of the `customized` is appended: the rows that attention computes itself; for each
+    customized row the place among them that holds its maps; for every row the place that holds its output. Returns
+    (source, keep, origin) of `_Call`."""
+    total = batch + len(customized)
+    keep = [row for row in range(total) if row not in customized]
+    place = {row: i for i, row in enumerate(keep)}
+    source = [place[batch + c] for c in range(len(customized))]
+    foundation = dict(zip(customized, source, strict=True))
+    return source, keep, [foundation.get(row, place.get(row, 0)) for row in range(total)]
 
 
 def _maps(layer: Attention, hidden: Tensor, text: Tensor) -> Tensor:

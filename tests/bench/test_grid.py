@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from infusion.bench.grid import REFERENCES, jobs, load_grid
@@ -22,6 +24,23 @@ def test_the_defaults_hold_every_method():
     single = next(job for job in todo if job.label == "single-stream")
     assert (single.method, single.settings["two_streams"], single.prior) == ("infusion", False, 0)
     assert next(job for job in todo if job.label == "custom-diffusion").prior == 32
+
+
+def test_a_job_tells_all_that_decides_it():
+    """Another default, another method or another setting is another job; a label may hold a dot."""
+    grid = load_grid(None, {"methods.infusion-0.5.strength": 0.4})
+    by_label = {job.label: job for job in jobs(grid) if job.subject == 0}
+    assert by_label["infusion-0.5"].settings["strength"] == 0.4
+    tuned = by_label["dreambooth"]
+    assert tuned.settings == {"learning_rate": 1e-4, "identifier": "", "prior_weight": 1.0}
+    names = {
+        tuned.name,
+        replace(tuned, method="dreambooth-lora").name,
+        replace(tuned, settings={**tuned.settings, "prior_weight": 2.0}).name,
+    }
+    assert len(names) == 3
+    with pytest.raises(InfusionError, match="has no setting 'strength'"):
+        load_grid(None, {"methods.textual-inversion.strength": 0.5})
 
 
 def test_a_file_and_overrides(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 
 import pytest
 
@@ -40,6 +41,35 @@ def test_interrupted_runs_go_on(tmp_path):
     assert record["command"] == "infusion bench run"
     assert record["omp"] == str(record["threads"])
     assert record["pid"] != os.getpid()
+
+
+def killed_once(job: Job, threads: int) -> dict:
+    if job.label == "dreambooth" and job.subject == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"subject": job.subject}
+
+
+def test_a_worker_that_is_killed_ends_its_own_job_alone(tmp_path):
+    todo = jobs(GRID)
+    results = {job.name: result for job, result in run_jobs(todo, tmp_path, 1, one=killed_once)}
+    (failed,) = [(name, r) for name, r in results.items() if isinstance(r, Exception)]
+    assert failed[0].startswith("dreambooth-test0-001")
+    assert "was killed, perhaps for memory" in str(failed[1])
+    assert len(results) == 6
+    assert len(read_records(tmp_path)) == 5
+
+
+def test_records_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr("infusion.bench.runner.os.link", refused)
+    path = write_record(tmp_path / "a.json", {"x": 1})
+    assert read_records(tmp_path)[0]["x"] == 1
+    with pytest.raises(InfusionError, match="never changed"):
+        write_record(path, {"x": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert read_records(tmp_path)[0]["x"] == 1
 
 
 def test_a_real_local_ray(tmp_path):

@@ -20,9 +20,9 @@ from infusion.methods import METHODS
 from infusion.methods.custom_diffusion import CustomDiffusionConfig, custom_diffusion
 from infusion.methods.dreambooth import DreamBoothConfig, dreambooth, prior_lesson
 from infusion.methods.infusion import infusion
-from infusion.methods.interface import stored_bytes
+from infusion.methods.interface import drawn_at, stored_bytes
 from infusion.methods.key_value import KeyValueAdapter, KeyValueConfig, added, key_value
-from infusion.methods.lora import LoraConfig, dreambooth_lora
+from infusion.methods.lora import LoraConfig, dreambooth_lora, loaded_lora
 from infusion.methods.perfusion import Edit, PerfusionConfig, inverse_covariance, perfusion, rank_one
 from infusion.methods.textual_inversion import TextualInversionConfig, textual_inversion
 from infusion.methods.tokens import NewWord
@@ -97,10 +97,39 @@ def test_a_look_at_a_tuned_copy_leaves_it_training(pipe, lesson):
     assert unet.training
 
 
+@pytest.mark.parametrize("method", ["dreambooth", "dreambooth-lora", "custom-diffusion"])
+def test_part_of_what_other_methods_learned(pipe, lesson, method):
+    """At 0 the base's weights are in use, at 0.5 those halfway, as a LoRA of half its up matrices has them."""
+    learn, config = METHODS[method]
+    *_, last = learn(pipe, lesson, config(steps=3, batch=2, learning_rate=0.05))
+
+    def prediction(strength):
+        with replace(last.adapter, strength=strength).attached(pipe) as custom, torch.no_grad():
+            weights = {p: layer.weight.clone() for p, layer in projections(custom.unet).items()}
+            return custom.unet(draw.noisy, draw.timesteps, **draw.kwargs).sample, weights
+
+    with torch.no_grad():
+        draw = lesson.draw(2, torch.Generator().manual_seed(0))
+        base = pipe.unet(draw.noisy, draw.timesteps, **draw.kwargs).sample
+        stock = {p: w.weight.clone() for p, w in projections(pipe.unet).items()}
+    whole, half, none = (prediction(s) for s in (1.0, 0.5, 0.0))
+    assert torch.allclose(none[0], base, atol=1e-5)
+    assert (whole[0] - base).abs().max() > 1e-3
+    assert (half[0] - base).abs().max() < (whole[0] - base).abs().max()
+    if method != "dreambooth-lora":
+        assert all(torch.allclose(half[1][p], (stock[p] + whole[1][p]) / 2, atol=1e-6) for p in stock)
+    else:
+        halved = {k: v / 2 if "lora_B" in k else v for k, v in last.adapter.tensors().items()}
+        with loaded_lora(pipe, {f"unet.{k}": v for k, v in halved.items()}), torch.no_grad():
+            expected = pipe.unet(draw.noisy, draw.timesteps, **draw.kwargs).sample
+        assert torch.allclose(half[0], expected, atol=1e-5)
+    assert torch.equal(pipe.unet(draw.noisy, draw.timesteps, **draw.kwargs).sample, base)
+
+
 def test_a_strength_is_for_drawing_alone(pipe, lesson):
     drawn = []
     for strength in (1.0, 0.5, 0.0):
-        *_, last = infusion(pipe, lesson, LearnConfig(3, 2, 0.5), strength)
+        *_, last = drawn_at(infusion(pipe, lesson, LearnConfig(3, 2, 0.5)), strength)
         with last.adapter.attached(pipe):
             drawn.append(latents(pipe, f"a photo of {last.adapter.subject}"))
         settings = last.adapter.concept.settings

@@ -16,7 +16,10 @@ from infusion.world.judge import (
     Judge,
     JudgeNetwork,
     Maps,
+    SubjectReading,
+    beliefs,
     centre,
+    evidence,
     peaks,
 )
 from infusion.world.judge_figures import (
@@ -26,16 +29,18 @@ from infusion.world.judge_figures import (
     examine,
     examine_told,
     judge_card,
-    stranger_cosines,
+    resemblance,
+    same_pairs,
+    stranger_pairs,
     training_of,
-    twin_cosines,
+    twin_pairs,
 )
 from infusion.world.judge_lessons import Labels, corrupt, heat_targets, labels_of, mirrored, warp
 from infusion.world.judge_training import JudgeConfig, judge_losses, train_judge, twin_loss
 from infusion.world.models import build_autoencoder
 from infusion.world.scenes import Placed, Scene, render
 from infusion.world.subjects import Subject
-from infusion.world.truth import COLORED, NONE, SCENE_HEADS, SUBJECT_HEADS, visible
+from infusion.world.truth import COLORED, NONE, SCENE_HEADS, SHARES, SUBJECT_HEADS, visible
 from infusion.world.twins import CHANGES, VIEWS, _draw, build_families, family, load_families, tellable, truth
 from infusion.world.vocabulary import CLASSES, STYLES
 
@@ -172,22 +177,74 @@ def test_the_twin_loss_equals_a_loop():
     assert float(twin_loss(e[: len(rows)], told, rows, 0.1)) == pytest.approx(total / counted, rel=1e-4)
 
 
-def test_verification():
-    told = labels(["photo"] * 8, ["shape"] * 8)
-    unit = torch.eye(4).repeat_interleave(2, 0)
-    assert auc(*twin_cosines(unit, told)) == 1
-    assert auc(*twin_cosines(torch.randn(8, 4, generator=torch.Generator().manual_seed(1)), told)) < 1
-    swapped = torch.eye(4)[[0, 1, 0, 1, 2, 3, 2, 3]]
-    assert auc(*twin_cosines(swapped, told)) == 0
+def test_pairs_of_one_individual_and_of_twins():
+    told = labels(["photo", "photo", "photo", "sketch"] + ["photo"] * 4, ["color1"] * 4 + ["shape"] * 4)
+    told.centre[6, 0] = float("nan")  # hidden behind another
+    assert same_pairs(told).tolist() == [[0, 1], [4, 5], [2, 3]]
+    assert twin_pairs(told).tolist() == [[0, 2], [1, 2]]  # a sketch shows no colour
+    assert sorted(twin_pairs(told, of_shape=True).tolist()) == [[4, 7], [5, 7]]
     assert auc(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0])) == 0.75
+
+
+def test_evidence_is_the_ratio_of_likelihoods():
+    """Against Bayes' rule written out: chance of two readings from one subject over that from two that the world drew."""
+    g = torch.Generator().manual_seed(0)
+    a, b = ({n: torch.rand(len(s), generator=g).softmax(0) for n, s in SHARES.items()} for _ in range(2))
+    expected = 0.0
+    for name, shares in SHARES.items():
+        likelihoods = [
+            (pa / s, pb / s, s) for pa, pb, s in zip(a[name].tolist(), b[name].tolist(), shares, strict=True)
+        ]
+        one = sum(s * la * lb for la, lb, s in likelihoods)
+        two = sum(s * la for la, _, s in likelihoods) * sum(s * lb for _, lb, s in likelihoods)
+        expected += float(np.log(one / two))
+    assert float(evidence(a, b)) == pytest.approx(expected, rel=1e-4)
+    nothing = {n: torch.tensor(s) for n, s in SHARES.items()}
+    assert float(evidence(a, nothing)) == pytest.approx(0, abs=1e-5)
+    stacked = {n: torch.stack([a[n], b[n], nothing[n]]) for n in SHARES}
+    unit = torch.nn.functional.normalize(torch.randn(3, 4, generator=g), dim=1)
+    scores = resemblance({**stacked, "embedding": unit}, torch.tensor([[0, 1], [0, 2]]), 5.0)
+    assert scores.tolist() == pytest.approx(
+        [expected + 5 * float(unit[0] @ unit[1]), 5 * float(unit[0] @ unit[2])], abs=1e-4
+    )
+
+
+def test_colours_that_a_style_hides_are_not_believed():
+    maps = Maps(
+        heat=torch.zeros(2, GRID, GRID),
+        subject={n: torch.randn(2, len(v), GRID, GRID) for n, v in SUBJECT_HEADS.items()},
+        scene={"style": torch.tensor([[9.0, 0, 0, 0, 0], [0, 9.0, 0, 0, 0]]), "background": torch.zeros(2, 8)},
+        embedding=torch.zeros(2, 4, GRID, GRID),
+    )
+    photo, sketch = (
+        {n: p[i] for n, p in beliefs(maps, torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4, 5])).items()}
+        for i in (0, 1)
+    )
+    for name in SUBJECT_HEADS:
+        for i, (told, y, x) in enumerate(((photo, 2, 4), (sketch, 3, 5))):
+            hidden = i == 1 and name.startswith("color")
+            expected = torch.tensor(SHARES[name]) if hidden else maps.subject[name][i, :, y, x].softmax(0)
+            assert torch.allclose(told[name], expected)
+
+
+def test_same_adds_the_embedding_to_the_evidence():
+    def seen(color: int, embedding: list[float]) -> SubjectReading:
+        believed = {n: torch.eye(len(s))[color if n == "color1" else 0] for n, s in SHARES.items()}
+        return SubjectReading("dog", *4 * [None], 0.5, 0.5, 1.0, torch.tensor(embedding), believed)
+
+    a, b, other = seen(0, [1.0, 0.0]), seen(0, [0.0, 1.0]), seen(1, [1.0, 0.0])
+    agreed = float(evidence(a.beliefs, b.beliefs))
+    assert agreed == pytest.approx(np.log(10 * 10 * 10 * 4 / 0.4), rel=1e-4)
+    heads = Judge(JudgeNetwork(), {"same": agreed - 1, "embedding": 0.0})
+    assert (heads.same(a, b), heads.same(a, other)) == (True, False)
+    both = Judge(JudgeNetwork(), {"same": agreed + 1, "embedding": 4.0})
+    assert (both.same(a, b), both.same(a, a)) == (False, True)
 
 
 def test_strangers_are_of_one_class_and_of_other_families():
     told = labels(["photo"] * 7 + ["sketch"], ["shape"] * 8)
     told.subject[4:, 0, 0] = torch.tensor([0, 1, 0, 0])  # the second family: one of another class, one without colours
-    e = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
-    expected = [float(e[a] @ e[b]) for a in range(4) for b in (4, 6)]
-    assert sorted(stranger_cosines(e, told).tolist()) == pytest.approx(sorted(expected), rel=1e-5)
+    assert sorted(stranger_pairs(told).tolist()) == [[a, b] for a in range(4) for b in (4, 6)]
 
 
 def test_believed_from_is_the_lowest_probability_that_is_right_often_enough():
@@ -306,9 +363,9 @@ def test_training_learns_and_resumes(data, tmp_path):
     assert [step for step, _ in resumed] == [3, 4]
     assert resumed[0][1] == pytest.approx(straight[2][1], rel=1e-3)
     thresholds = calibrate(JudgeNetwork(), data, None)
-    assert set(thresholds) == {*SUBJECT_HEADS, *SCENE_HEADS, "same"}
-    figures = examine(JudgeNetwork(), data)
-    counts = {"same_auc", "stranger_auc", "pictures", "twins"}
+    assert set(thresholds) == {*SUBJECT_HEADS, *SCENE_HEADS, "same", "embedding"}
+    figures = examine(JudgeNetwork(), data, 5.0)
+    counts = {"same_auc", "cosine_auc", "proportions_auc", "stranger_auc", "pictures", "twins"}
     assert set(figures) == {*SUBJECT_HEADS, *SCENE_HEADS, "found", "real", "position", *counts}
     assert figures["pictures"] == len(data)
     sure = Judge(JudgeNetwork(), dict.fromkeys(thresholds, 0.0) | {"kind": 1.01})

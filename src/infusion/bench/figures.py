@@ -91,11 +91,13 @@ def point_figures(record: Record, point: Mapping[str, Any], floor: Mapping[str, 
         "forgetting": point["forgetting"],
         "forgetting_class_word": point["forgetting_class_word"],
         "w2": point["w2"],
+        "variety": point.get("variety"),
     }
     if floor is not None:
         for name in TEXT:
             leaked = leak(record, point, floor, name)
             figures[f"leak_{name}"] = leaked.above.value if leaked else None
+            figures[f"leak_{name}_n"] = leaked.custom.n if leaked else None
         for name, told_only in (("text", False), ("text_told", True)):
             value, base_value = figures[name], share(record, floor, TEXT, told_only)
             if value is not None and base_value is not None:
@@ -182,6 +184,11 @@ def pooled(rows: BySubject, name: str) -> Estimate | None:
         if (known := [v for job in jobs.values() if (v := job.get(name)) is not None])
     ]
     return mean(torch.tensor(values, dtype=torch.float64)) if values else None
+
+
+def counted(rows: BySubject, name: str) -> int:
+    """Pictures behind a leak's figure, over all subjects and jobs."""
+    return sum(int(job.get(f"{name}_n") or 0) for jobs in rows.values() for job in jobs.values())
 
 
 def _mean(values: Sequence[float]) -> float:

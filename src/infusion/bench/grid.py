@@ -6,14 +6,14 @@ import hashlib
 import inspect
 import json
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from infusion.errors import InfusionError
-from infusion.methods import METHODS
+from infusion.methods import METHODS, STRENGTH
 
 DEFAULTS = Path(__file__).parent / "defaults.toml"
 REFERENCES = ("class-word", "described")  # the base itself, nothing learned
@@ -70,7 +70,8 @@ class Grid(BaseModel):
             taken = inspect.signature(learn).parameters.keys()
             if "prior" in settings and "prior" not in taken:
                 raise ValueError(f"{label} preserves no prior; take prior out")
-            known = {f.name for f in fields(config)} - {"steps", "batch", "seed"} | (taken & {"strength"})
+            known = {f.name for f in fields(config)} - {"steps", "batch", "seed"}
+            known |= {"strength"} if name in STRENGTH else set()
             if bad := settings.keys() - known - {*_OURS}:
                 raise ValueError(f"{label} has no setting {sorted(bad)[0]!r}; use one of {', '.join(sorted(known))}")
         return methods
@@ -78,7 +79,8 @@ class Grid(BaseModel):
 
 @dataclass(frozen=True)
 class Job:
-    """One method on one subject: everything that decides its result, nothing about when or where it runs."""
+    """One method on one subject: everything that decides its result, nothing about when or where it runs. settings: all of the
+    method's configuration, defaults too, so that a job of other defaults is another job."""
 
     label: str
     method: str
@@ -97,7 +99,8 @@ class Job:
     @property
     def name(self) -> str:
         """Its file's name without the ending; two jobs of different settings differ in it."""
-        text = json.dumps([self.settings, self.prior, self.points, self.batch, self.pictures, self.denoising_steps])
+        decides = (self.method, self.settings, self.prior, self.points, self.batch, self.pictures, self.denoising_steps)
+        text = json.dumps(decides, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         place = Modality(**self.modality).label
         return f"{self.label}-{self.split}{self.subjects_seed}-{self.subject:03d}-{place}-{self.seed}-{digest}"
@@ -113,7 +116,7 @@ def load_grid(path: Path | None = None, overrides: dict[str, Any] | None = None)
         if path is not None:
             settings |= tomllib.loads(path.read_text())
         for key, value in (overrides or {}).items():
-            *parents, last = key.split(".")
+            *parents, last = _parts(key, settings)
             place = settings
             for parent in parents:
                 place = place.setdefault(parent, {}) if isinstance(place, dict) else None
@@ -136,6 +139,26 @@ def load_grid(path: Path | None = None, overrides: dict[str, Any] | None = None)
         ) from None
 
 
+def _parts(key: str, settings: dict[str, Any]) -> list[str]:
+    """ "methods.infusion-0.5.strength" as its parts: the labels of methods may hold dots."""
+    for label in sorted(settings.get("methods", {}), key=len, reverse=True):
+        if key.startswith(f"methods.{label}."):
+            return ["methods", label, *key.removeprefix(f"methods.{label}.").split(".")]
+    return key.split(".")
+
+
+def _resolved(settings: dict[str, Any], method: str) -> dict[str, Any]:
+    """The method's whole configuration with these settings, as JSON has it; what the grid decides for all methods left out."""
+    given = {k: v for k, v in settings.items() if k not in _OURS}
+    if method in REFERENCES:
+        return given
+    _, config = METHODS[method]
+    own = {f.name for f in fields(config)}
+    whole = asdict(config(**{k: v for k, v in given.items() if k in own}))
+    left = {k: v for k, v in given.items() if k not in own}
+    return json.loads(json.dumps({k: v for k, v in whole.items() if k not in ("steps", "batch", "seed")} | left))
+
+
 def jobs(grid: Grid, only: tuple[str, ...] = ()) -> list[Job]:
     """All jobs of the grid, subject by subject, so that an interrupted run holds whole subjects. only: labels of methods."""
     if unknown := set(only) - grid.methods.keys():
@@ -145,7 +168,7 @@ def jobs(grid: Grid, only: tuple[str, ...] = ()) -> list[Job]:
         Job(
             label,
             settings.get("method", label),
-            {k: v for k, v in settings.items() if k not in _OURS},
+            _resolved(settings, settings.get("method", label)),
             settings.get("prior", 0),
             grid.split,
             grid.subjects_seed,

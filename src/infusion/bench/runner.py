@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def write_record(path: Path, record: dict[str, Any]) -> Path:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.link(temporary, path)
+        _named(temporary, path)
     except FileExistsError:
         raise InfusionError(
             f"{str(path)!r} exists; records are never changed. Move it away to run the job again."
@@ -90,6 +91,17 @@ def write_record(path: Path, record: dict[str, Any]) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _named(temporary: Path, path: Path) -> None:
+    """Give the file its name, which must be free. Raises FileExistsError."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        temporary.replace(path)
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -119,18 +131,34 @@ def _in_processes(
     context = multiprocessing.get_context("spawn")
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)  # children read it as they start, before they import torch
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        running = {pool.submit(one, job, threads): job for job in todo}
-        try:
-            for done in as_completed(running):
-                error = done.exception()
-                yield running[done], error if isinstance(error, Exception) else done.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if before is None:
-                os.environ.pop("OMP_NUM_THREADS", None)
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
+    left = list(todo)
+    try:
+        while left:
+            started, left = left, []
+            with ProcessPoolExecutor(workers, mp_context=context) as pool:
+                running = {pool.submit(one, job, threads): job for job in started}
+                try:
+                    for done in as_completed(running):
+                        error = done.exception()
+                        if isinstance(error, BrokenProcessPool):
+                            left.append(
+                                running[done]
+                            )  # a worker was killed, and with it all that were under way or waiting
+                        else:
+                            yield running[done], error if isinstance(error, Exception) else done.result()
+                finally:
+                    pool.shutdown(wait=False, cancel_futures=True)
+            if left:  # one of those under way is to blame: the first of them is not tried again
+                left.sort(key=started.index)
+                yield (
+                    left.pop(0),
+                    InfusionError("its worker was killed, perhaps for memory; run it with fewer --workers."),
+                )
+    finally:
+        if before is None:
+            os.environ.pop("OMP_NUM_THREADS", None)
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 def _on_ray(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
-from infusion.bench.figures import Record, beside, curves, matched, pooled
+from infusion.bench.figures import Record, beside, counted, curves, key, matched, pooled
 from infusion.errors import InfusionError
-from infusion.metrics.estimate import Estimate
+from infusion.methods import METHODS
+from infusion.metrics.estimate import Estimate, rate
 from infusion.sheets import contact_sheet
 
 TEXT_COLUMNS = (
@@ -32,6 +36,7 @@ TEXT_COLUMNS = (
     ("prior_likeness_above", "PRES above base", ""),
     ("nearer_than_base", "nearer to a photo", ""),
     ("w2", "W2² to base", ""),
+    ("variety", "variety beside the base's", "%"),
 )
 BESIDE = (
     ("fidelity", "subject fidelity", "pp"),
@@ -43,6 +48,7 @@ BESIDE = (
     ("leak_background", "background leak", "pp"),
     ("leak_style", "style leak", "pp"),
     ("leak_position", "position leak", "pp"),
+    ("variety", "variety", "pp"),
     ("forgetting", "LFD, other prompts", "e"),
 )
 PARTS = (("color1", "first colour"), ("color2", "second colour"), ("pattern", "pattern"), ("accessory", "accessory"))
@@ -96,7 +102,7 @@ def page(
         *_table(found, TEXT_COLUMNS),
         "",
         'Subject fidelity: mean share of right first colour, second colour, pattern and accessory; what the judge cannot tell is wrong, and does not count where it says "where told"; "told" is how much it tells, of other pictures for every method. Likeness: cosine of the judge\'s embedding to the photos\' subject. '
-        "Leak: how often the photos' background, style or position comes back where another was asked for, above the base's rate on the same prompts and seeds. LFD: latent Fisher divergence, eps form. "
+        "Leak: how often the photos' background, style or position comes back where another was asked for, above the base's rate on the same prompts and seeds. LFD: latent Fisher divergence, eps form. W2²: how far the pictures lie from the base's of the same prompts and seeds; grows with what is learned, so compare it at equal fidelity. Variety: mean distance among pictures of one prompt. "
         "PRES: likeness of pictures of the plain class word to the subject. Nearer to a photo: how much smaller the pixel distance to the nearest photo is than the base's. "
         "class-word and described learn nothing: the floor and what words alone can do.",
         "",
@@ -128,7 +134,7 @@ def _table(found: dict, columns: Sequence[tuple[str, str, str]]) -> list[str]:
     rows = [f"| method | {' | '.join(label for _, label, _ in columns)} | n |", "|---" * (len(columns) + 2) + "|"]
     for label, by_samples in found.items():
         last = by_samples[max(by_samples)]
-        cells = [_cell(pooled(last, name), unit) for name, _, unit in columns]
+        cells = [_cell(pooled(last, name), unit, counted(last, name)) for name, _, unit in columns]
         rows.append(f"| {label} | {' | '.join(cells)} | {len(last)} |")
     return rows
 
@@ -160,9 +166,13 @@ def _beside(found: dict, label: str) -> list[str]:
     return [*lines, ""]
 
 
-def _cell(e: Estimate | None, unit: str) -> str:
+def _cell(e: Estimate | None, unit: str, pictures: int = 0) -> str:
+    """pictures: how many a leak was looked for in. Where none has it, subjects do not differ and say nothing of how sure that is; Wilson's upper
+    end does, as if all pictures were independent."""
     if e is None:
         return ""
+    if pictures and e.value == e.low == e.high == 0:
+        return f"0 of {pictures} [0, {100 * rate(torch.zeros(pictures)).high:.1f}]"
     scale, shape = {"%": (100, ".1f"), "pp": (100, "+.1f"), "e": (1, ".2g")}.get(unit, (1, ".3g"))
     value, low, high = (f"{scale * x:{shape}}" for x in (e.value, e.low, e.high))
     return f"{value} [{low}, {high}]" if e.n > 1 and e.low < e.high else value
@@ -174,10 +184,7 @@ def _costs(records: Sequence[Record], found: dict) -> list[str]:
         f"| method | samples | seconds to learn, {'/'.join(map(str, threads))} thread(s) | bytes in fp16 | settings |",
         "|---|---|---|---|---|",
     ]
-    settings = {
-        r["job"]["label"]: r["job"]["settings"] | ({"prior": r["job"]["prior"]} if r["job"]["prior"] else {})
-        for r in records
-    }
+    settings = {r["job"]["label"]: _own_settings(r["job"]) for r in records}
     for label, by_samples in found.items():
         samples = max(by_samples)
         seconds, size = pooled(by_samples[samples], "seconds"), pooled(by_samples[samples], "bytes")
@@ -187,6 +194,15 @@ def _costs(records: Sequence[Record], found: dict) -> list[str]:
             told = ", ".join(f"{k} {v}" for k, v in settings[label].items()) or "defaults"
             rows.append(f"| {label} | {samples:,} | {seconds.value:.0f} | {size.value:,.0f} | {told} |")
     return rows
+
+
+def _own_settings(job: Mapping[str, Any]) -> dict[str, Any]:
+    """What a job's method was given beside its defaults."""
+    method = METHODS.get(job["method"])
+    defaults = {f.name: f.default for f in fields(method[1])} if method else {}
+    plain = json.loads(json.dumps(defaults))
+    given = {k: v for k, v in job["settings"].items() if k not in plain or plain[k] != v}
+    return given | ({"prior": job["prior"]} if job["prior"] else {})
 
 
 def _samples(found: dict) -> list[str]:
@@ -235,11 +251,12 @@ def plot(found: dict, path: Path) -> None:
 def sheets(records: Sequence[Record], docs: Path, page: str = "benchmark") -> list[tuple[str, str]]:
     """One contact sheet for each subject with kept strips: (what it shows, file name)."""
     made = []
-    for number in sorted({r["job"]["subject"] for r in records if r["points"][-1].get("strip")}):
-        rows = [r for r in records if r["job"]["subject"] == number and r["points"][-1].get("strip")]
+    shown = [r for r in records if r["points"][-1].get("strip")]
+    for place, same in enumerate(sorted({str(key(r)) for r in shown})):  # photos, prompts and seeds are of one key
+        rows = [r for r in shown if str(key(r)) == same]
         pictures = [_cut(r["points"][-1]["strip"]) for r in rows]
         prompts = [q["prompt"].format("...") for q in rows[0]["requests"]]
-        name = f"{page}-{number:03d}.jpg"
+        name = f"{page}-{place:03d}.jpg"
         contact_sheet(pictures, [r["job"]["label"] for r in rows], prompts, cell=96).save(docs / name, quality=85)
         s, t = rows[0]["subject"], rows[0]["trained"]
         accessory = "" if s["accessory"] == "none" else f" with a {s['accessory']}"

@@ -6,11 +6,13 @@ import base64
 import io
 import platform
 import resource
+import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+import infusion
 from infusion.base import load_base
 from infusion.bench.grid import Job
 from infusion.bench.subjects import Case, case, requests
@@ -28,15 +31,15 @@ from infusion.judged import likeness, photo_embedding, stacked
 from infusion.lesson import Lesson, encode_pictures, prepare_lesson
 from infusion.methods import METHODS
 from infusion.methods.dreambooth import prior_lesson
-from infusion.methods.interface import Adapter, MethodState, stored_bytes
+from infusion.methods.interface import Adapter, MethodState, drawn_at, stored_bytes
+from infusion.metrics.similarity import spread
 from infusion.metrics.wasserstein import empirical_w2, principal
 from infusion.world.captions import caption
 from infusion.world.judge import Judge, judge_digest, load_judge
 from infusion.world.questions import shown
 from infusion.world.release import read_index
 from infusion.world.requests import Request
-from infusion.world.scenes import Placed, Scene, random_scene, render
-from infusion.world.subjects import random_subject
+from infusion.world.scenes import random_scene
 from infusion.world.vocabulary import BACKGROUND_PHRASES, BACKGROUNDS
 
 PICTURES_SEED = 5_000
@@ -99,7 +102,13 @@ def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
         "seconds": round(time.monotonic() - start, 1),
         "threads": threads,
         "worker_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of all its jobs so far
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
+        "versions": {
+            "infusion": infusion.__version__,
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+        },
         "base": read_index()["sha256"],
         "judge": judge_digest(),
     }
@@ -114,13 +123,15 @@ def states(job: Job, pipe: DiffusionPipeline, lesson: Lesson, chosen: Case) -> I
     else:
         learn, config = METHODS[job.method]
         extra: dict[str, Any] = dict(job.settings)
-        own = {f.name: extra.pop(f.name) for f in fields(config) if f.name in extra}  # left is Infusion's strength
+        strength = extra.pop("strength", 1.0)
+        own = {f.name: extra.pop(f.name) for f in fields(config) if f.name in extra}
         settings = config(**own, steps=job.points[-1], batch=job.batch, seed=job.seed)
         if job.prior:
             extra["prior"] = prior_lesson(pipe, lesson, job.prior, job.denoising_steps)
         if job.method == "perfusion":
             extra["corpus"] = _corpus()
-        yield from learn(pipe, lesson, settings, **extra)
+        states = learn(pipe, lesson, settings, **extra)
+        yield from states if strength == 1 else drawn_at(states, strength)
 
 
 def measure(
@@ -149,7 +160,7 @@ def measure(
         | {"like_subject": round(likeness(reading, truth), 4), "to_nearest_photo": to_nearest(picture, photos)}
         for reading, picture in zip(judge.read(stacked(drawn)), drawn, strict=True)
     ]
-    other, generic = forgetting(pipe, adapter, _groups(word), job.seed)
+    other, generic = forgetting(pipe, adapter, _groups(word, job.denoising_steps), job.seed)
     latents = [encode_pictures(pipe, part).double().flatten(1) for part in (drawn, base)]
     return {
         "strip": strip(drawn[:: job.pictures]) if job.subject < STRIPS and step in (0, job.points[-1]) else None,
@@ -159,6 +170,7 @@ def measure(
         "forgetting_score": other.score.value,
         "forgetting_class_word": generic.eps.value,
         "w2": empirical_w2(*principal(*latents, dimensions=16)),
+        "variety": _variety(latents, job.pictures),
     }
 
 
@@ -180,6 +192,19 @@ def to_nearest(picture: Image.Image, photos: Tensor) -> float:
 
 
 @cache
+def _commit() -> str | None:
+    """The source's commit, "+" where files differ from it; None where it is not a git checkout."""
+    said = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return said.stdout.strip() or None
+
+
+@cache
 def _base() -> DiffusionPipeline:
     return load_base(device="cpu")
 
@@ -197,18 +222,25 @@ def _corpus(count: int = 2000) -> tuple[str, ...]:
 
 
 @cache
-def _groups(word: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Latents of true scenes by prompt: of other classes, and of the class itself."""
-    rng = np.random.default_rng(9)
+def _groups(word: str, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Latents that the base drew, by prompt: of other classes, and of the class itself."""
 
-    def scenes(kind: str, background: str) -> Tensor:
-        placed = [Placed(random_subject(rng, kind), 0.5) for _ in range(4)]
-        drawn = [render(Scene((p,), background, seed=int(rng.integers(2**31)))).pixels for p in placed]
-        return encode_pictures(_base(), [Image.fromarray(d) for d in drawn])
+    def drawn(prompt: str, place: int) -> Tensor:
+        seeds = [PICTURES_SEED + 4 * place + i for i in range(4)]
+        return encode_pictures(_base(), _drawn(_base(), [prompt] * 4, seeds, steps))
 
     others = [kind for kind in OTHERS if kind != word][:4]
-    named = {f"a photo of a {k} {_where(b)}": scenes(k, b) for k, b in zip(others, BACKGROUNDS[::2], strict=True)}
-    return named, {f"a photo of a {word} {_where('city')}": scenes(word, "city")}
+    prompts = [f"a photo of a {k} {_where(b)}" for k, b in zip(others, BACKGROUNDS[::2], strict=True)]
+    own = f"a photo of a {word} {_where('city')}"
+    return {p: drawn(p, i) for i, p in enumerate(prompts)}, {own: drawn(own, len(prompts))}
+
+
+def _variety(latents: Sequence[Tensor], pictures: int) -> float | None:
+    """Mean distance among pictures (n, d) of one prompt, `pictures` in a row, as a share of the base's; latents: ours and the base's."""
+    if pictures < 2:
+        return None
+    ours, base = (float(spread(part.unflatten(0, (-1, pictures))).mean()) for part in latents)
+    return ours / base
 
 
 def _where(background: str) -> str:

@@ -1,7 +1,7 @@
 """Infusion and the methods that it is compared with, one file each, behind the interface of `interface.py`.
 
 METHODS names them, each with its configuration's class: a method takes (pipe, lesson, config); those that preserve a prior
-also `prior`, Perfusion a `corpus` of captions, Infusion the `strength` to draw with.
+also `prior`, Perfusion a `corpus` of captions. Those of STRENGTH can be drawn at part of what they learned (`interface.drawn_at`).
 """
 
 from __future__ import annotations
@@ -24,3 +24,4 @@ METHODS = {
     "custom-diffusion": (custom_diffusion, CustomDiffusionConfig),
     "perfusion": (perfusion, PerfusionConfig),
 }
+STRENGTH = ("infusion", "dreambooth", "dreambooth-lora", "custom-diffusion")  # Perfusion has its drawing_beta

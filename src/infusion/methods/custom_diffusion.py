@@ -2,7 +2,8 @@
 
 As diffusers' train_custom_diffusion.py with freeze_model="crossattn_kv": captions "a photo of a <milo> dog", no gradient
 through keys and values of the first token, prior preservation. Ours: the word begins as the class word's embedding, not as
-a rare word's, and the prior's pictures are the base's own, where the paper takes real ones.
+a rare word's; the prior's pictures are the base's own, where the paper takes real ones; photos are not scaled at random ("far away", "close up"),
+as no method's here are.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ class CustomDiffusionConfig:
 
 @dataclass(frozen=True)
 class KeysAndValues:
-    """Key and value projections by layer path, and the new word's embedding; `subject` is "a <milo> dog"."""
+    """Key and value projections by layer path, and the new word's embedding; `subject` is "a <milo> dog". strength: below 1 the projections
+    are taken between the base's and these."""
 
     subject: str
     word: WordEmbedding
     weights: Mapping[str, Tensor]
+    strength: float = 1.0
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Projections under their module paths, and the embedding."""
@@ -55,7 +58,8 @@ class KeysAndValues:
         stock = {path: layers[path].weight for path in self.weights}
         try:
             for path, weight in self.weights.items():
-                layers[path].weight = nn.Parameter(weight.detach().to(stock[path]), requires_grad=False)
+                drawn = torch.lerp(stock[path].detach(), weight.detach().to(stock[path]), self.strength)
+                layers[path].weight = nn.Parameter(drawn, requires_grad=False)
             with self.word.attached(pipe) as custom:
                 yield custom
         finally:

@@ -40,10 +40,11 @@ class DreamBoothConfig:
 
 @dataclass(frozen=True)
 class TunedUNet:
-    """A whole UNet."""
+    """A whole UNet. strength: below 1 its weights are taken between the base's and its own."""
 
     subject: str
     unet: nn.Module
+    strength: float = 1.0
 
     def tensors(self) -> Mapping[str, Tensor]:
         """All weights."""
@@ -53,10 +54,18 @@ class TunedUNet:
     def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
         """A pipeline with this UNet, in evaluation mode, in place of the base's."""
         training = self.unet.training
+        unet = self.unet if self.strength == 1 else self._between(require_unet(pipe))
         try:
-            yield rebuilt(pipe, unet=self.unet.eval())
+            yield rebuilt(pipe, unet=unet.eval())
         finally:
             self.unet.train(training)
+
+    @torch.no_grad()
+    def _between(self, base: nn.Module) -> nn.Module:
+        unet = copy.deepcopy(self.unet)
+        for ours, theirs in zip(unet.parameters(), base.parameters(), strict=True):
+            ours.copy_(torch.lerp(theirs.to(ours), ours, self.strength))
+        return unet
 
 
 def dreambooth(

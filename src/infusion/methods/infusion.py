@@ -21,7 +21,7 @@ from infusion.training import LearnConfig, learning
 
 @dataclass(frozen=True)
 class ConceptAdapter:
-    """A concept; `subject` holds its "<name>". two_streams=False draws in the single stream."""
+    """A concept; `subject` holds its "<name>". two_streams=False draws in the single stream. strength: factor on the residuals."""
 
     subject: str
     concept: Concept
@@ -39,12 +39,9 @@ class ConceptAdapter:
             yield pipe
 
 
-def infusion(
-    pipe: DiffusionPipeline, lesson: Lesson, config: LearnConfig | None = None, strength: float = 1.0
-) -> Iterator[MethodState]:
-    """Learn a concept, yielding after every step. See `training.learning`. strength: factor on the residuals when drawing; guidance
-    multiplies what they add, which no photo taught, so that below 1 the class comes back (docs/log.md)."""
+def infusion(pipe: DiffusionPipeline, lesson: Lesson, config: LearnConfig | None = None) -> Iterator[MethodState]:
+    """Learn a concept, yielding after every step. See `training.learning`."""
     config = config or LearnConfig()
     for state in learning(pipe, lesson, lesson.word, lesson.name, config):
-        adapter = ConceptAdapter(f"a <{lesson.name}>", state.concept, config.two_streams, strength)
+        adapter = ConceptAdapter(f"a <{lesson.name}>", state.concept, config.two_streams)
         yield MethodState(state.step, state.steps, state.loss, adapter)

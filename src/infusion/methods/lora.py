@@ -40,10 +40,11 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank matrices on a copy of the UNet."""
+    """Low-rank matrices on a copy of the UNet. strength: its scale when drawing."""
 
     subject: str
     unet: nn.Module
+    strength: float = 1.0
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The matrices, under peft's names."""
@@ -57,6 +58,7 @@ class Lora:
         with loaded_lora(pipe, {f"unet.{k}": v for k, v in self.tensors().items()}) as error:
             if error is not None:
                 raise error
+            pipe.set_adapters(_NAME, self.strength)
             yield pipe
 
 

@@ -9,6 +9,8 @@ import torch
 from scipy.stats import t as student_t
 from torch import Tensor
 
+FEW = 20  # samples below which the bootstrap's interval is too narrow (docs/log.md)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -31,7 +33,8 @@ def bootstrap(
     seed: int = 0,
 ) -> Estimate:
     """The statistic (mean of the first axis, if not given) of samples (n, ...) with a percentile interval
-    (Efron and Tibshirani, 1993, chapter 13). Samples must be independent: give one per picture, not one per pixel.
+    (Efron and Tibshirani, 1993, chapter 13); of fewer than FEW samples (n,) the mean with Student's, since the bootstrap's is too narrow
+    there. Samples must be independent: give one per picture, not one per pixel.
 
     Raises ValueError without samples. One sample has no spread that could be known: its interval is
     unbounded.
@@ -40,6 +43,8 @@ def bootstrap(
     if n == 0:
         raise ValueError("There are no samples; give at least one.")
     values = samples.detach().cpu().double()  # MPS has no float64
+    if statistic is None and values.ndim == 1 and n < FEW:
+        return mean(values, level)
     of = statistic or (lambda x: x.mean(0))
     value = float(of(values))
     if n == 1:
@@ -52,7 +57,7 @@ def bootstrap(
 
 
 def mean(samples: Tensor, level: float = 0.95) -> Estimate:
-    """The mean of a few samples (n,) with Student's interval, where the bootstrap's is too narrow: below some twenty.
+    """The mean of a few samples (n,) with Student's interval.
 
     Raises ValueError without samples. The interval of one sample is unbounded, that of equal samples has no width.
     """

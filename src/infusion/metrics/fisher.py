@@ -51,11 +51,11 @@ def latent_fisher_divergence(
     the prompt's place, the same for every method that is measured.
     Raises ValueError for no prompts, no latents, timesteps outside the schedule or unknown prediction types.
     """
-    ours, theirs = (
+    by_base, by_custom = (
         predicted_noise(model, latents, alphas_cumprod, kind, timesteps, seed, batch)
         for model, kind in zip((base, custom), prediction_types, strict=True)
     )
-    return divergence(ours, theirs, alphas_cumprod, timesteps)
+    return divergence(by_base, by_custom, alphas_cumprod, timesteps)
 
 
 @torch.no_grad()
@@ -94,8 +94,8 @@ def divergence(
     """The divergence of two models' `predicted_noise`, for those that cannot be had at the same time."""
     weight = 1 / (1 - alphas_cumprod[list(timesteps)].cpu().double())
     score, eps = {}, {}
-    for prompt, ours in base.items():
-        moved = (ours.double() - custom[prompt].double()).square().flatten(2).mean(2).T  # (n, t)
+    for prompt, by_base in base.items():
+        moved = (by_base.double() - custom[prompt].double()).square().flatten(2).mean(2).T  # (n, t)
         score[prompt], eps[prompt] = (moved * weight).mean(1), moved.mean(1)
     return FisherDivergence(
         score=bootstrap(torch.cat(list(score.values()))),

@@ -29,14 +29,9 @@ from infusion.world.questions import answers, both, shown
 from infusion.world.release import PARTS, WEIGHTS, read_index, read_weights
 from infusion.world.requests import Request, unseen_requests, unseen_scenes
 from infusion.world.scenes import Scene, held_out, random_scene, render
-from infusion.world.vocabulary import ACCESSORIES, BACKGROUND_PHRASES, BACKGROUNDS, CLASSES, COLORS, PATTERNS
+from infusion.world.truth import SHARES, SUBJECT_HEADS
+from infusion.world.vocabulary import BACKGROUND_PHRASES, BACKGROUNDS, CLASSES
 
-# Shares of what a caption leaves open, as `subjects.random_subject` draws them.
-SHARES: dict[str, dict[str, float]] = {
-    "color1": dict.fromkeys(COLORS, 1 / len(COLORS)),
-    "pattern": dict.fromkeys(PATTERNS, 1 / len(PATTERNS)),
-    "accessory": dict(zip(ACCESSORIES, (0.4, 0.2, 0.2, 0.2), strict=True)),
-}
 # What a base should reach on each.
 BARS = {
     "kind": 0.95, "background": 0.95, "style": 0.90, "color1": 0.85, "pattern": 0.80, "position": 0.90, "both": 0.70,
@@ -77,7 +72,8 @@ def variety(readings: Sequence[Reading]) -> dict[str, dict[str, Any]]:
     """Of pictures whose prompts name nothing but class and background: the share of each colour, pattern and accessory
     among those read, and the total variation distance to the world's own shares."""
     found = {}
-    for name, world in SHARES.items():
+    for name in ("color1", "pattern", "accessory"):
+        world = dict(zip(SUBJECT_HEADS[name], SHARES[name], strict=True))
         told = [value for reading in readings if (value := shown(reading)[name]) is not None]
         shares = {value: told.count(value) / max(1, len(told)) for value in world}
         distance = sum(abs(shares[v] - world[v]) for v in world) / 2

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infusion.world.models import pixels_to_tensor
-from infusion.world.truth import SCENE_HEADS, SUBJECT_HEADS
+from infusion.world.truth import COLORED, SCENE_HEADS, SHARES, SUBJECT_HEADS
 from infusion.world.vocabulary import POSITIONS
 
 GRID = 16  # cells a side
@@ -33,7 +33,7 @@ MAX_SUBJECTS = 3
 @dataclass(frozen=True)
 class SubjectReading:
     """One subject: names as in `vocabulary`, None for what cannot be told; centre x and y in [0, 1], `found` the height of
-    its peak, and a unit `embedding` (EMBEDDING,) whose cosine tells individuals apart."""
+    its peak, a unit `embedding` (EMBEDDING,) whose cosine tells how alike individuals are, and `beliefs`, each head's probabilities."""
 
     kind: str | None
     color1: str | None
@@ -44,6 +44,7 @@ class SubjectReading:
     y: float
     found: float
     embedding: Tensor
+    beliefs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def position(self) -> str:
@@ -116,8 +117,8 @@ class Residual(nn.Module):
 
 
 class Judge:
-    """A network with its calibration: `thresholds` give, for each head, the probability from which it is believed, and
-    "same" the cosine from which two subjects are one individual."""
+    """A network with its calibration: `thresholds` give, for each head, the probability from which it is believed; "same" the
+    evidence from which two subjects are one individual, to which the embeddings' cosine adds "embedding" times itself."""
 
     def __init__(self, network: JudgeNetwork, thresholds: dict[str, float] | None = None) -> None:
         self.network = network.eval()
@@ -134,8 +135,11 @@ class Judge:
         return readings
 
     def same(self, a: SubjectReading, b: SubjectReading) -> bool:
-        """Whether two subjects are one individual."""
-        return float(a.embedding @ b.embedding) >= self.thresholds.get("same", 0.5)
+        """Whether two subjects are one individual: by what each head believes, and by the embedding."""
+        weight = self.thresholds.get("embedding", 0.0)
+        return float(evidence(a.beliefs, b.beliefs) + weight * (a.embedding @ b.embedding)) >= self.thresholds.get(
+            "same", 0.0
+        )
 
     def save(self, path: Path) -> Path:
         """Weights in fp16 and thresholds, one safetensors file."""
@@ -157,12 +161,20 @@ class Judge:
     def _reading(self, maps: Maps, b: int) -> Reading:
         subjects = []
         for y, x, height in peaks(maps.heat[b]):
+            believed = beliefs(maps, torch.tensor([b]), torch.tensor([y]), torch.tensor([x]))
             named = {
                 name: self._name(name, SUBJECT_HEADS[name], maps.subject[name][b, :, y, x]) for name in SUBJECT_HEADS
             }
             cx, cy = centre(maps.heat[b], y, x)
             subjects.append(
-                SubjectReading(**named, x=cx, y=cy, found=height, embedding=maps.embedding[b, :, y, x].cpu())
+                SubjectReading(
+                    **named,
+                    x=cx,
+                    y=cy,
+                    found=height,
+                    embedding=maps.embedding[b, :, y, x].cpu(),
+                    beliefs={name: p[0].cpu() for name, p in believed.items()},
+                )
             )
         scene = {name: self._name(name, SCENE_HEADS[name], maps.scene[name][b]) for name in SCENE_HEADS}
         return Reading(**scene, subjects=tuple(subjects))
@@ -170,6 +182,24 @@ class Judge:
     def _name(self, head: str, names: Sequence[str], logits: Tensor) -> str | None:
         probability, index = logits.float().softmax(0).max(0)
         return names[int(index)] if float(probability) >= self.thresholds.get(head, 0.0) else None
+
+
+def beliefs(maps: Maps, rows: Tensor, ys: Tensor, xs: Tensor) -> dict[str, Tensor]:
+    """Probabilities (n, names) of each of a subject's heads at cells (rows, ys, xs); the world's own shares for colours in a picture whose
+    style seems to show none."""
+    colored = torch.tensor([style in COLORED for style in SCENE_HEADS["style"]], device=maps.heat.device)
+    hidden = ~colored[maps.scene["style"][rows].argmax(1)]
+    found = {name: logits[rows, :, ys, xs].float().softmax(1) for name, logits in maps.subject.items()}
+    for name in ("color1", "color2"):
+        found[name] = torch.where(hidden[:, None], found[name].new_tensor(SHARES[name]), found[name])
+    return found
+
+
+def evidence(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """Log of how much likelier beliefs (..., names) of a subject's heads are of one individual than of two that the world drew, heads taken
+    for independent; 0 where nothing is known."""
+    ratios = [(a[name] * b[name] / a[name].new_tensor(shares)).sum(-1) for name, shares in SHARES.items()]
+    return torch.stack(ratios).clamp_min(1e-3).log().sum(0)
 
 
 @cache

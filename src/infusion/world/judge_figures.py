@@ -13,13 +13,14 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from infusion.world.judge import GRID, SHIPPED, Judge, JudgeNetwork, Maps, peaks
+from infusion.world.judge import GRID, SHIPPED, Judge, JudgeNetwork, Maps, beliefs, evidence, peaks
 from infusion.world.judge_lessons import Labels, cells, corrupt, labels_of, shows_change
 from infusion.world.models import pixels_to_tensor
 from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
-from infusion.world.twins import VIEWS, Families
+from infusion.world.twins import CHANGES, VIEWS, Families
 
 TRAININGS = "trainings.json"
+WEIGHTS = (0.0, 2.0, 5.0, 10.0, 20.0)  # what the embedding's cosine may count beside the heads' evidence
 
 
 @torch.no_grad()
@@ -27,10 +28,11 @@ def calibrate(
     network: JudgeNetwork, data: Families, autoencoder: AutoencoderKL | None, precision: float = 0.98, batch: int = 64
 ) -> dict[str, float]:
     """For each head the lowest probability from which on its answers are right in `precision` of the cases, on pictures as
-    generators make them (`corrupt`); for "same" the cosine at which as many twins pass as individuals fail."""
+    generators make them (`corrupt`); for "embedding" what the cosine counts beside the heads' evidence, the best of WEIGHTS; for "same" the sum
+    at which as many twins pass as individuals fail."""
     network.eval()
     told: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in (*SUBJECT_HEADS, *SCENE_HEADS)}
-    embeddings = []
+    firsts = []
     rng = np.random.default_rng(0)
     for i in range(0, len(data), batch):
         rows = np.arange(i, min(i + batch, len(data)))
@@ -44,17 +46,42 @@ def calibrate(
         for k, name in enumerate(SCENE_HEADS):
             p, answer = maps.scene[name].float().softmax(1).max(1)
             told[name].append((p, answer == labels.scene[:, k]))
-        cx, cy = labels.centre[:, 0].nan_to_num(GRID / 2).long().clamp(0, GRID - 1).unbind(-1)
-        embeddings.append(maps.embedding[torch.arange(len(rows)), :, cy, cx])
+        firsts.append(first_subjects(maps, labels))
     thresholds = {
         name: believed_from(*map(torch.cat, zip(*parts, strict=True)), precision) for name, parts in told.items()
     }
-    same, other = twin_cosines(torch.cat(embeddings), labels_of(data, np.arange(len(data))))
+    everyone, labels = _joined(firsts), labels_of(data, np.arange(len(data)))
+    parts = same_pairs(labels), twin_pairs(labels)
+    scores = {w: [resemblance(everyone, p, w) for p in parts] for w in WEIGHTS}
+    weight = max(WEIGHTS, key=lambda w: auc(*scores[w]))
+    same, other = scores[weight]
     candidates = torch.cat([same, other]).sort().values
     fails = torch.searchsorted(same.sort().values, candidates) / len(same)
     passes = 1 - torch.searchsorted(other.sort().values, candidates) / len(other)
-    thresholds["same"] = float(candidates[(fails - passes).abs().argmin()])
+    thresholds |= {"same": float(candidates[(fails - passes).abs().argmin()]), "embedding": weight}
     return {name: round(value, 4) for name, value in thresholds.items()}
+
+
+def first_subjects(maps: Maps, labels: Labels) -> dict[str, Tensor]:
+    """What the network makes of each picture's first subject at its true centre: `beliefs` and the "embedding"."""
+    x, y = labels.centre[:, 0].nan_to_num(GRID / 2).long().clamp(0, GRID - 1).unbind(-1)
+    rows = torch.arange(len(x))
+    return beliefs(maps, rows, y, x) | {"embedding": maps.embedding[rows, :, y, x]}
+
+
+def resemblance(everyone: dict[str, Tensor], pairs: Tensor, weight: float) -> Tensor:
+    """Whether pairs (p, 2) are of one individual, as `Judge.same` reckons it: evidence plus `weight` times the cosine (p,)."""
+    a, b = ({name: value[pairs[:, i]] for name, value in everyone.items()} for i in (0, 1))
+    return evidence(a, b) + weight * (a["embedding"] * b["embedding"]).sum(-1)
+
+
+def _cosines(everyone: dict[str, Tensor], pairs: Tensor) -> Tensor:
+    a, b = everyone["embedding"][pairs].unbind(1)
+    return (a * b).sum(-1)
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def believed_from(probability: Tensor, right: Tensor, precision: float) -> float:
@@ -68,14 +95,14 @@ def believed_from(probability: Tensor, right: Tensor, precision: float) -> float
 
 @torch.no_grad()
 def examine(
-    network: JudgeNetwork, data: Families, autoencoder: AutoencoderKL | None = None, batch: int = 64
+    network: JudgeNetwork, data: Families, weight: float, autoencoder: AutoencoderKL | None = None, batch: int = 64
 ) -> dict[str, float]:
     """Figures on `data`, of fresh seed: accuracy of every head over what is visible, read at the true centre; found and
-    phantom subjects; position; and the AUC of telling the same individual from its visible twin. With an autoencoder,
-    on autoencoded pictures."""
+    phantom subjects; position; and the AUC of telling the same individual from its twin of another visible attribute, from one of other
+    proportions, and from others of its class, the cosine counted `weight`. With an autoencoder, on autoencoded pictures."""
     network.eval()
     hits: dict[str, list[Tensor]] = {name: [] for name in (*SUBJECT_HEADS, *SCENE_HEADS, "found", "real", "position")}
-    embeddings = []
+    firsts = []
     for i in range(0, len(data), batch):
         rows = np.arange(i, min(i + batch, len(data)))
         labels = labels_of(data, rows)
@@ -84,13 +111,19 @@ def examine(
             pictures = autoencoder.decode(autoencoder.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)
         maps = network(pictures)
         _count(maps, labels, hits)
-        x, y = labels.centre[:, 0].nan_to_num(GRID / 2).long().clamp(0, GRID - 1).unbind(-1)
-        embeddings.append(maps.embedding[torch.arange(len(rows)), :, y, x])
+        firsts.append(first_subjects(maps, labels))
     figures = {name: float(torch.cat(h).float().mean()) for name, h in hits.items()}
-    everyone, labels = torch.cat(embeddings), labels_of(data, np.arange(len(data)))
-    same, twins = twin_cosines(everyone, labels)
-    figures |= {"same_auc": auc(same, twins), "stranger_auc": auc(same, stranger_cosines(everyone, labels))}
-    return {name: round(value, 4) for name, value in figures.items()} | {"pictures": len(data), "twins": len(twins)}
+    everyone, labels = _joined(firsts), labels_of(data, np.arange(len(data)))
+    same = resemblance(everyone, same_pairs(labels), weight)
+    others = {
+        "same_auc": twin_pairs(labels),
+        "proportions_auc": twin_pairs(labels, of_shape=True),
+        "stranger_auc": stranger_pairs(labels),
+    }
+    figures |= {name: auc(same, resemblance(everyone, pairs, weight)) for name, pairs in others.items()}
+    figures["cosine_auc"] = auc(*(_cosines(everyone, pairs) for pairs in (same_pairs(labels), others["same_auc"])))
+    counts = {"pictures": len(data), "twins": len(others["same_auc"])}
+    return {name: round(value, 4) for name, value in figures.items()} | counts
 
 
 @torch.no_grad()
@@ -124,29 +157,36 @@ def auc(positive: Tensor, negative: Tensor) -> float:
     return float(below.mean() / len(negative))
 
 
-def stranger_cosines(embeddings: Tensor, labels: Labels) -> Tensor:
-    """Cosines of individuals of one class from different families, in pictures that both show colours."""
+def stranger_pairs(labels: Labels) -> Tensor:
+    """Pairs (p, 2) of pictures of individuals of one class from different families, that both show colours."""
     heads = list(SUBJECT_HEADS)
     kind, color = labels.subject[:, 0, heads.index("kind")], labels.subject[:, 0, heads.index("color1")]
     counted = torch.nonzero((color != NONE) & (kind != NONE))[:, 0]
     family = counted // VIEWS
-    pairs = (kind[counted][:, None] == kind[counted][None]) & (family[:, None] < family[None])
-    return (embeddings[counted] @ embeddings[counted].T)[pairs]
+    i, j = torch.nonzero(
+        (kind[counted][:, None] == kind[counted][None]) & (family[:, None] < family[None]), as_tuple=True
+    )
+    return torch.stack([counted[i], counted[j]], 1)
 
 
-def twin_cosines(embeddings: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
-    """Cosines of two views of one individual, and of an individual and its twin where both pictures show the difference."""
-    e = embeddings.unflatten(0, (-1, VIEWS))
-    shows = shows_change(labels).unflatten(0, (-1, VIEWS))
-    here = ~labels.centre[:, 0].isnan().any(-1).unflatten(0, (-1, VIEWS))
-    same, other = [], []
-    for a, b in ((0, 1), (2, 3)):
-        same.append((e[:, a] * e[:, b]).sum(-1)[here[:, a] & here[:, b]])
-    for a in (0, 1):
-        for b in (2, 3):
-            tells = here[:, a] & here[:, b] & shows[:, a] & shows[:, b]
-            other.append((e[:, a] * e[:, b]).sum(-1)[tells])
-    return torch.cat(same), torch.cat(other)
+def same_pairs(labels: Labels) -> Tensor:
+    """Pairs (p, 2) of pictures of one individual."""
+    first = torch.arange(0, len(labels.centre), VIEWS)
+    return _here(labels, torch.cat([torch.stack([first + a, first + b], 1) for a, b in ((0, 1), (2, 3))]))
+
+
+def twin_pairs(labels: Labels, of_shape: bool = False) -> Tensor:
+    """Pairs (p, 2) of pictures of an individual and its twin of another attribute, where both show the difference; `of_shape`: its twin of
+    other proportions."""
+    first = torch.arange(0, len(labels.centre), VIEWS)
+    pairs = torch.cat([torch.stack([first + a, first + b], 1) for a in (0, 1) for b in (2, 3)])
+    shape = labels.change[pairs[:, 0]] == CHANGES.index("shape")
+    return _here(labels, pairs[shows_change(labels)[pairs].all(1) & (shape == of_shape)])
+
+
+def _here(labels: Labels, pairs: Tensor) -> Tensor:
+    """Those of the pairs in which both pictures show their first subject."""
+    return pairs[~labels.centre[:, 0].isnan().any(-1)[pairs].any(1)]
 
 
 def _count(maps: Maps, labels: Labels, hits: dict[str, list[Tensor]]) -> None:
@@ -172,7 +212,8 @@ def _count(maps: Maps, labels: Labels, hits: dict[str, list[Tensor]]) -> None:
 _NAMES = {
     "kind": "class", "color1": "first colour", "color2": "second colour", "pattern": "pattern", "accessory": "accessory",
     "background": "background", "style": "style", "found": "subjects found", "real": "found subjects that are real",
-    "position": "position", "same_auc": "same individual against its twin, AUC", "stranger_auc": "same individual against others of its class, AUC",
+    "position": "position", "same_auc": "same individual against its twin of another attribute, AUC",
+    "cosine_auc": "the same by the embedding's cosine alone, AUC", "proportions_auc": "same individual against its twin of other proportions, AUC", "stranger_auc": "same individual against others of its class, AUC",
 }  # fmt: skip
 
 
@@ -214,7 +255,7 @@ def judge_card(trainings: list[dict[str, Any]], figures: dict[str, dict[str, flo
     return f"""# The judge
 
 Reads background and style of a picture of the world, and for each subject class, two colours, pattern, accessory, place and an
-embedding that tells individuals apart. What it is not sure of it does not say ("cannot tell"). It knows this world and nothing else; the same hands
+embedding of the individual. What it is not sure of it does not say ("cannot tell"). It knows this world and nothing else; the same hands
 made world, judge, base and methods.
 
 | | |
@@ -231,5 +272,6 @@ picture would differ by 6 % of full brightness over some 4x4 pixels). "Told" is 
 |---|---|---|---|
 {chr(10).join(rows)}
 
-Twins differ in one attribute, or in their proportions alone. {figures["clean"]["twins"]:.0f} pairs of twins that both pictures tell apart.
+Twins differ in one attribute, or in their proportions alone; {figures["clean"]["twins"]:.0f} pairs in an attribute that both pictures show. Whether two
+are one individual is told by what each head believes (how much likelier the two beliefs are of one than of two that the world drew) and by the embedding's cosine. "Likeness" in reports and benchmarks is that cosine alone.
 """

@@ -175,8 +175,9 @@ def main() -> None:
             sums = {}
     network.cpu()
     test = load_families(args.folder / "test")
-    figures = {"clean": examine(network, test), "autoencoded": examine(network, test, autoencoder)}
     judge = Judge(network, calibrate(network, load_families(args.folder / "calibration"), autoencoder))
+    weight = judge.thresholds["embedding"]
+    figures = {"clean": examine(network, test, weight), "autoencoded": examine(network, test, weight, autoencoder)}
     figures["told"] = examine_told(judge, test, autoencoder)
     log(args.folder, stage="figures", **figures, thresholds=judge.thresholds)
     judge.save(args.folder / "judge.safetensors")

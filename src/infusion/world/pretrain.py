@@ -41,7 +41,7 @@ from infusion.world.grounding import grounding_loss, recorded_maps
 from infusion.world.judge import shipped_judge
 from infusion.world.models import build_autoencoder, build_scheduler, build_text_encoder, build_unet
 from infusion.world.picking import best_score, judged, keep_best, save_best
-from infusion.world.release import read_weights
+from infusion.world.release import read_trainings, read_weights
 from infusion.world.runs import Run, Schedule, log
 from infusion.world.segmentation import (
     SegmentationHead,
@@ -214,7 +214,8 @@ def train_base(
             rows = _epoch_rows(len(latents), config, run.step)
             batch = sample_batch(latents, data, rows, rng, config.caption_dropout)
             timesteps = draw_timesteps(rng, len(rows), len(alphas))
-            noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(run.step + 1))
+            generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+            noise = torch.randn(batch.latents.shape, generator=generator)
             with accelerator.autocast():
                 terms = batch_terms(text_encoder, unet, head, records, batch, timesteps, noise, alphas, table, config)
             records.clear()
@@ -276,7 +277,7 @@ def prepare(folder: Path, config: PretrainConfig, accelerator: Accelerator) -> t
 def _train_autoencoder(
     model: AutoencoderKL, folder: Path, data: Dataset, config: PretrainConfig, accelerator: Accelerator
 ) -> None:
-    fresh = validation_scenes(folder / "validation", config.seed).pixels
+    fresh = validation_scenes(folder / "validation").pixels
     step = 0
     for step, mse in train_autoencoder(model, data, folder, config.autoencoder, accelerator):
         if step % 500 == 0:
@@ -300,10 +301,12 @@ def main() -> None:
         "segmentation_weight",
         "attribute_weight",
         "subject_weight",
-        "seed",
     ):
         default = getattr(PretrainConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    parser.add_argument(
+        "--seed", type=int, help="by default the number of trainings that the weights have been through"
+    )
     parser.add_argument(
         "--autoencoder-minutes",
         type=float,
@@ -312,20 +315,23 @@ def main() -> None:
     parser.add_argument("--from-weights", action="store_true", help="go on from the shipped weights alone")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
+    earlier = read_trainings() if args.from_weights else []
+    if args.seed is None:  # other scenes, captions and noise than the trainings before
+        args.seed = len(earlier)
     options = {k: v for k, v in vars(args).items() if k not in ("folder", "autoencoder_minutes")}
     minutes = args.autoencoder_minutes
     if minutes is None:
         minutes = 0.0 if args.from_weights else AutoencoderConfig().minutes
     config = PretrainConfig(**options, autoencoder=AutoencoderConfig(minutes=minutes))
     accelerator = Accelerator(mixed_precision="bf16")
-    log(args.folder, stage="start", device=str(accelerator.device), **asdict(config))
+    log(args.folder, stage="start", device=str(accelerator.device), earlier=earlier, **asdict(config))
 
     autoencoder, latents, data = prepare(args.folder, config, accelerator)
     unet, text_encoder = build_unet(), build_text_encoder(build_tokenizer())
     if config.from_weights:
         unet.load_state_dict(read_weights("unet"))
         text_encoder.load_state_dict(read_weights("text_encoder"))
-    fresh = validation_scenes(args.folder / "validation", config.seed)
+    fresh = validation_scenes(args.folder / "validation")
     validation = encode_dataset(autoencoder, fresh), fresh
     sums = np.zeros(6)
     judge = shipped_judge()

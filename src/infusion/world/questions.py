@@ -12,9 +12,14 @@ from infusion.world.vocabulary import BACKGROUND_PHRASES, POSITION_PHRASES, STYL
 SUBJECT = ("kind", "color1", "color2", "pattern", "accessory", "position")
 
 
-def shown(reading: Reading) -> dict[str, str | None]:
-    """Background, style and the surest subject's attributes; None for what cannot be told or is not there."""
-    first = reading.subjects[0] if reading.subjects else None
+def meant(reading: Reading, kind: str | None = None) -> SubjectReading | None:
+    """The surest subject of the class `kind`, else the surest of all: in a picture of two not the other one. None where there is none."""
+    return next((s for s in reading.subjects if s.kind == kind), next(iter(reading.subjects), None))
+
+
+def shown(reading: Reading, kind: str | None = None) -> dict[str, str | None]:
+    """Background, style and the attributes of the subject that is `meant`; None for what cannot be told or is not there."""
+    first = meant(reading, kind)
     values = {name: getattr(reading, name) for name in SCENE_HEADS}
     return values | {name: getattr(first, name) if first else None for name in SUBJECT}
 

@@ -226,7 +226,7 @@ def main() -> None:
     index = write_weights(networks, args.out)
     log = read_log(args.folder)
     begun = next(line for line in log if line["stage"] == "start")
-    trainings = [*(read_trainings() if begun["from_weights"] else []), training_of(log)]
+    trainings = [*begun["earlier"], training_of(log)]
     (args.out / TRAININGS).write_text(json.dumps(trainings, indent=1) + "\n")
     draw_curve(log, args.out / f"loss-{len(trainings)}.png")
     (args.out / "README.md").write_text(model_card(trainings, log, index, args.out))

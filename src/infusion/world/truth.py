@@ -12,6 +12,14 @@ SUBJECT_HEADS: dict[str, tuple[str, ...]] = {
     "pattern": PATTERNS,
     "accessory": ACCESSORIES,
 }
+# Shares of what a caption leaves open, as `subjects.random_subject` draws them.
+SHARES: dict[str, tuple[float, ...]] = {
+    "kind": (1 / len(CLASSES),) * len(CLASSES),
+    "color1": (1 / len(COLORS),) * len(COLORS),
+    "color2": (1 / len(COLORS),) * len(COLORS),
+    "pattern": (1 / len(PATTERNS),) * len(PATTERNS),
+    "accessory": (0.4, 0.2, 0.2, 0.2),
+}
 ATTRIBUTES = tuple(name for name in SUBJECT_HEADS if name != "kind")
 SCENE_HEADS: dict[str, tuple[str, ...]] = {"background": BACKGROUNDS, "style": STYLES}
 TEXT = ("background", "style", "position")  # what a prompt says of a picture beside its subject
