@@ -131,9 +131,11 @@ def page(
 
 
 def _table(found: dict, columns: Sequence[tuple[str, str, str]]) -> list[str]:
+    """A row for each method at its last point; columns that no record has are left out."""
+    ends = {label: by_samples[max(by_samples)] for label, by_samples in found.items()}
+    columns = [c for c in columns if any(pooled(last, c[0]) for last in ends.values())]
     rows = [f"| method | {' | '.join(label for _, label, _ in columns)} | n |", "|---" * (len(columns) + 2) + "|"]
-    for label, by_samples in found.items():
-        last = by_samples[max(by_samples)]
+    for label, last in ends.items():
         cells = [_cell(pooled(last, name), unit, counted(last, name)) for name, _, unit in columns]
         rows.append(f"| {label} | {' | '.join(cells)} | {len(last)} |")
     return rows
@@ -150,18 +152,19 @@ def _beside(found: dict, label: str) -> list[str]:
     others = beside(found, label)
     earlier = {n: s for n, s in matched(found, label).items() if s < max(found[n])}
     others |= {f"{n}, {earlier[n]:,} samples": figures for n, figures in beside(found, label, earlier).items()}
-    count = sum(name in figures for figures in others.values() for name, _, _ in BESIDE)
+    columns = [c for c in BESIDE if any(c[0] in figures for figures in others.values())]
+    count = sum(name in figures for figures in others.values() for name, _, _ in columns)
     lines = [
         f"## {label} beside the others",
         "",
         f"The figure of {label} minus the other's on the same subjects, prompts and seeds, at the last point of both and, where another point of the other's has a fidelity nearer to that of {label}, at that one too; \"where told\" and leaks rest on what can be told in each. "
         f"Of {count} comparisons one in twenty would leave out 0 by chance.",
         "",
-        f"| {label} minus | {' | '.join(title for _, title, _ in BESIDE)} | n |",
-        "|---" * (len(BESIDE) + 2) + "|",
+        f"| {label} minus | {' | '.join(title for _, title, _ in columns)} | n |",
+        "|---" * (len(columns) + 2) + "|",
     ]
     for other, figures in others.items():
-        cells = [_cell(figures.get(name), unit) for name, _, unit in BESIDE]
+        cells = [_cell(figures.get(name), unit) for name, _, unit in columns]
         lines.append(f"| {other} | {' | '.join(cells)} | {figures['fidelity'].n} |")
     return [*lines, ""]
 

@@ -25,19 +25,29 @@ WEIGHTS = (0.0, 2.0, 5.0, 10.0, 20.0)  # what the embedding's cosine may count b
 
 @torch.no_grad()
 def calibrate(
-    network: JudgeNetwork, data: Families, autoencoder: AutoencoderKL | None, precision: float = 0.98, batch: int = 64
+    network: JudgeNetwork,
+    data: Families,
+    autoencoder: AutoencoderKL | None,
+    precision: float = 0.995,
+    batch: int = 64,
+    passes: int = 4,
 ) -> dict[str, float]:
     """For each head the lowest probability from which on its answers are right in `precision` of the cases, on pictures as
-    generators make them (`corrupt`); for "embedding" what the cosine counts beside the heads' evidence, the best of WEIGHTS; for "same" the sum
-    at which as many twins pass as individuals fail."""
+    generators make them (`corrupt`, drawn anew in each of `passes`; real generators do worse, so ask for more than is wanted of theirs); for
+    "embedding" what the cosine counts beside the heads' evidence, the best of WEIGHTS; for "same" the sum at which as many twins pass as individuals
+    fail."""
     network.eval()
     told: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in (*SUBJECT_HEADS, *SCENE_HEADS)}
     firsts = []
     rng = np.random.default_rng(0)
-    for i in range(0, len(data), batch):
+    starts = range(0, len(data), batch)
+    for seed, i in enumerate(i for _ in range(passes) for i in starts):
         rows = np.arange(i, min(i + batch, len(data)))
         labels = labels_of(data, rows)
-        maps = network(corrupt(pixels_to_tensor(torch.from_numpy(data.pixels[rows])), autoencoder, rng, 0.6))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            pictures = corrupt(pixels_to_tensor(torch.from_numpy(data.pixels[rows])), autoencoder, rng, 0.6)
+        maps = network(pictures)
         b, s, x, y = cells(labels)
         for k, name in enumerate(SUBJECT_HEADS):
             known = labels.subject[b, s, k] != NONE
@@ -50,15 +60,15 @@ def calibrate(
     thresholds = {
         name: believed_from(*map(torch.cat, zip(*parts, strict=True)), precision) for name, parts in told.items()
     }
-    everyone, labels = _joined(firsts), labels_of(data, np.arange(len(data)))
+    everyone, labels = _joined(firsts), labels_of(data, np.tile(np.arange(len(data)), passes))
     parts = same_pairs(labels), twin_pairs(labels)
     scores = {w: [resemblance(everyone, p, w) for p in parts] for w in WEIGHTS}
     weight = max(WEIGHTS, key=lambda w: auc(*scores[w]))
     same, other = scores[weight]
     candidates = torch.cat([same, other]).sort().values
     fails = torch.searchsorted(same.sort().values, candidates) / len(same)
-    passes = 1 - torch.searchsorted(other.sort().values, candidates) / len(other)
-    thresholds |= {"same": float(candidates[(fails - passes).abs().argmin()]), "embedding": weight}
+    passed = 1 - torch.searchsorted(other.sort().values, candidates) / len(other)
+    thresholds |= {"same": float(candidates[(fails - passed).abs().argmin()]), "embedding": weight}
     return {name: round(value, 4) for name, value in thresholds.items()}
 
 
