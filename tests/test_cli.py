@@ -201,7 +201,7 @@ def test_an_error_on_the_way_keeps_what_was_learned_and_what_was_there(run, phot
                 raise torch.OutOfMemoryError("nothing left")
             yield state
 
-    monkeypatch.setattr("infusion.methods.infusion.infusion", failing)
+    monkeypatch.setattr(sys.modules["infusion.methods.infusion"], "infusion", failing)
     code, said = run("train", *options)
     assert (code, Concept.load(out).settings["steps"]) == (2, 2)
     assert "Stopped early; kept <milo> after 2 steps" in said

@@ -50,7 +50,6 @@ def train_autoencoder(
 ) -> Iterator[tuple[int, float]]:
     """Train by the clock, yielding (step, mean squared error); resumes from `folder` after a kill. The model holds the averaged
     weights at the end."""
-    torch.manual_seed(config.seed)
     model.to(accelerator.device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
@@ -61,7 +60,8 @@ def train_autoencoder(
         batch = _batch(data, rng, config, whole=run.share >= 1 - config.whole).to(accelerator.device)
         with accelerator.autocast():
             posterior = model.encode(batch).latent_dist
-            decoded = model.decode(posterior.sample()).sample
+            generator = torch.Generator(device=accelerator.device).manual_seed(int(rng.integers(2**31)))
+            decoded = model.decode(posterior.sample(generator)).sample
         error = decoded.float() - batch
         mse = error.square().mean()
         kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
