@@ -130,8 +130,8 @@ def states(job: Job, pipe: DiffusionPipeline, lesson: Lesson, chosen: Case) -> I
             extra["prior"] = prior_lesson(pipe, lesson, job.prior, job.denoising_steps)
         if job.method == "perfusion":
             extra["corpus"] = _corpus()
-        states = learn(pipe, lesson, settings, **extra)
-        yield from states if strength == 1 else drawn_at(states, strength)
+        learned = learn(pipe, lesson, settings, **extra)
+        yield from learned if strength == 1 else drawn_at(learned, strength)
 
 
 def measure(

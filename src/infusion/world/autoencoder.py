@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 
 from infusion.world.dataset import Dataset
 from infusion.world.models import build_autoencoder, pixels_to_tensor
-from infusion.world.runs import Run, Schedule
+from infusion.world.runs import Run, Schedule, save_whole
 from infusion.world.scenes import SIDE
 
 ENCODED = "latents.pt"
@@ -103,9 +103,7 @@ def standardize(model: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 
 def save_encoded(folder: Path, model: AutoencoderKL, latents: torch.Tensor) -> None:
     """Keep the autoencoder and its latents of the whole set in `folder`; a kill leaves none or all."""
-    path = folder / ENCODED
-    torch.save({"latents": latents, "autoencoder": model.state_dict()}, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    save_whole({"latents": latents, "autoencoder": model.state_dict()}, folder / ENCODED)
 
 
 def load_encoded(folder: Path) -> tuple[AutoencoderKL, torch.Tensor]:

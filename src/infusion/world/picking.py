@@ -13,6 +13,7 @@ from infusion.world.examination import draw, followed
 from infusion.world.judge import Judge
 from infusion.world.models import build_pipeline
 from infusion.world.requests import unseen_requests
+from infusion.world.runs import save_whole
 from infusion.world.truth import SCENE_HEADS
 
 BEST = "best.pt"
@@ -31,10 +32,8 @@ def judged(
 
 def save_best(folder: Path, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, score: float, step: int) -> None:
     """Write the networks as they are to BEST, with their step and score: a run that goes on knows by it what it has to beat."""
-    path = folder / BEST
     state = {"score": score, "step": step, "unet": unet.state_dict(), "text_encoder": text_encoder.state_dict()}
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    save_whole(state, folder / BEST)
 
 
 def best_score(folder: Path) -> float:

@@ -103,9 +103,7 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
         }
-        temporary = self.checkpoint.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(self.checkpoint)
+        save_whole(state, self.checkpoint)
 
     def _resume(self) -> None:
         device = next(self.networks.parameters()).device
@@ -117,6 +115,13 @@ class Run:
             group["fused"] = given  # the optimizer's own, not the checkpoint's: another device may have another
         self.ema.load_state_dict(state["ema"])
         self.step, self.seconds = state["step"], state["seconds"]
+
+
+def save_whole(state: dict[str, Any], path: Path) -> None:
+    """`torch.save`, so that a kill leaves the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
 
 
 def log(folder: Path, **values: object) -> None:
