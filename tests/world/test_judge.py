@@ -372,7 +372,15 @@ def test_training_learns_and_resumes(data, tmp_path):
     told = examine_told(sure, data, build_autoencoder().eval())
     assert (told["pattern_told"], told["kind_told"]) == (1, 0)
     log = [
-        {"stage": "start", "drawn": 3, "families": 2, "corrupted": 0.6, "learning_rate": 0.1, "minutes": 5.0},
+        {
+            "stage": "start",
+            "drawn": 3,
+            "families": 2,
+            "corrupted": 0.6,
+            "learning_rate": 0.1,
+            "minutes": 5.0,
+            "hardware": "an abacus",
+        },
         {"stage": "judge", "step": 10, "seconds": 60},
     ]
     training = training_of(log)
@@ -385,3 +393,4 @@ def test_training_learns_and_resumes(data, tmp_path):
     )
     assert "1,080 pictures seen" in card
     assert "8 min beside" in card
+    assert "1 min on an abacus" in card

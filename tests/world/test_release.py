@@ -13,7 +13,7 @@ from infusion.world.release import model_card, training_of
 @pytest.mark.parametrize(("kept", "seen", "minutes"), [(None, 96_000, 50), (2000, 64_000, 33)])
 def test_the_card_tells_of_the_step_that_was_kept_and_of_earlier_trainings(tmp_path, kept, seen, minutes):
     log = [
-        {"stage": "start", "time": 0, "device": "cpu", **asdict(PretrainConfig())},
+        {"stage": "start", "time": 0, "hardware": "an abacus", **asdict(PretrainConfig())},
         {"stage": "autoencoder", "time": 1, "step": 7000, "mse": 0.1, "psnr": 27.0},
         *({"stage": "base", "time": step, "step": step, "seen": 32 * step, "seconds": step} for step in (1000, 2000, 3000)),
         {"stage": "picked", "time": 4000, "last": 0.5, "best": 0.6, "kept": kept},
@@ -30,7 +30,7 @@ def test_the_card_tells_of_the_step_that_was_kept_and_of_earlier_trainings(tmp_p
     card = model_card([earlier, training], log, index, tmp_path)
     assert f"{seen + 1000:,} pictures seen" in card
     assert f"text encoder and UNet {minutes + 7} min" in card
-    assert "1. 1,000 pictures in 7 min; learning rate 0.5" in card
+    assert "1. 1,000 pictures in 7 min (an abacus); learning rate 0.5" in card
     assert f"2. {seen:,} pictures" in card
     assert "loss-2.png" in card
     assert "loss-1.png" not in card

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
-from infusion.world.runs import Run, Schedule
+from infusion.world.runs import Run, Schedule, build_accelerator, hardware
 
 SCHEDULE = Schedule(minutes=5, learning_rate=0.1, warmup=4, decay=0.5, ema=0.9, save_every=3)
 
@@ -70,3 +71,16 @@ def test_the_learning_rate_rises_and_falls_to_nothing(tmp_path):
     run.seconds = 300.0
     assert run.learning_rate == 0
     assert not run.unfinished
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="of CPUs")
+@pytest.mark.parametrize(("has", "precision"), [(True, "bf16"), (False, "no")])
+def test_bf16_is_used_only_where_the_processor_multiplies_in_it(monkeypatch, has, precision):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": has})
+    AcceleratorState._reset_state(reset_partial_state=True)  # one a process, else the first test's
+    accelerator = build_accelerator()
+    try:
+        assert accelerator.mixed_precision == precision
+        assert ("bf16" in hardware(accelerator)) == has
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +237,7 @@ def training_of(log: list[dict[str, Any]]) -> dict[str, Any]:
         "batch": batch,
         "pictures": last["step"] * batch,
         "minutes": round(last["seconds"] / 60),
+        "hardware": start["hardware"],
         "learning_rate": start["learning_rate"],
         "corrupted": start["corrupted"],
     }
@@ -259,7 +259,7 @@ def judge_card(trainings: list[dict[str, Any]], figures: dict[str, dict[str, flo
     pictures, minutes = (sum(t[key] for t in trainings) for key in ("pictures", "minutes"))
     corrupted = trainings[-1]["corrupted"]
     parts = "; then ".join(
-        f"{t['pictures']:,} pictures ({t['steps']:,} steps of {t['batch']}, {t['minutes']} min, learning rate {t['learning_rate']:g}) of {t['families']:,} families of {VIEWS}"
+        f"{t['pictures']:,} pictures ({t['steps']:,} steps of {t['batch']}, {t['minutes']} min on {t['hardware']}, learning rate {t['learning_rate']:g}) of {t['families']:,} families of {VIEWS}"
         for t in trainings
     )
     return f"""# The judge
@@ -272,7 +272,7 @@ made world, judge, base and methods.
 |---|---|
 | file | `{path.name}`, {path.stat().st_size:,} bytes, fp16 safetensors, SHA-256 `{hashlib.sha256(path.read_bytes()).hexdigest()}` |
 | trained on | {pictures:,} pictures seen: {parts}; half of them mirrored, {corrupted:.0%} autoencoded, blurred or noised, {corrupted / 2:.0%} warped |
-| hardware | {platform.machine()}, {torch.get_num_threads()} CPU thread(s), bf16 autocast, torch {torch.__version__}; {minutes:.0f} min beside other work |
+| wall time | {minutes:.0f} min beside other work |
 | train one like it | `python -m infusion.world.judge_training --folder runs/judge --drawn {sum(t["families"] for t in trainings)} --minutes {minutes:.0f}` |
 
 On {figures["clean"]["pictures"]:.0f} fresh pictures of families it never saw, counting what a picture shows at all (with any other value of the attribute the

@@ -64,24 +64,26 @@ def shows_change(labels: Labels) -> Tensor:
 
 def corrupt(pictures: Tensor, autoencoder: AutoencoderKL | None, rng: np.random.Generator, share: float) -> Tensor:
     """What generators do to pictures (n, 3, h, w) in [-1, 1]: half of `share` warped, and a third of `share` each autoencoded,
-    blurred and noised."""
+    blurred and noised, on the pictures' device, where the autoencoder must be too."""
     out = pictures.clone()
+    device = out.device
     bent = torch.from_numpy(np.flatnonzero(rng.random(len(out)) < share / 2))
     out[bent] = warp(out[bent], rng)
     kind = rng.choice(4, size=len(out), p=(1 - share, share / 3, share / 3, share / 3))
     coded = torch.from_numpy(np.flatnonzero(kind == 1))
     if autoencoder is not None and len(coded):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
             latents = autoencoder.encode(out[coded]).latent_dist.mean
-            latents = latents + torch.randn(latents.shape) * float(rng.uniform(0, 0.3))
+            latents = latents + torch.randn(latents.shape).to(latents) * float(rng.uniform(0, 0.3))
             out[coded] = autoencoder.decode(latents).sample.float().clamp(-1, 1)
     blurred = torch.from_numpy(np.flatnonzero(kind == 2))
-    amount = torch.from_numpy(rng.uniform(0.2, 1, (len(blurred), 1, 1, 1)).astype(np.float32))
+    amount = torch.from_numpy(rng.uniform(0.2, 1, (len(blurred), 1, 1, 1)).astype(np.float32)).to(device)
     padded = F.pad(out[blurred], (1, 1, 1, 1), mode="replicate")
     out[blurred] = out[blurred].lerp(F.avg_pool2d(padded, 3, 1), amount)
     noised = torch.from_numpy(np.flatnonzero(kind == 3))
     sigma = torch.from_numpy(rng.uniform(0.02, 0.2, (len(noised), 1, 1, 1)).astype(np.float32))
-    out[noised] = (out[noised] + sigma * torch.randn(out[noised].shape)).clamp(-1, 1)
+    noise = (sigma * torch.randn(len(noised), *out.shape[1:])).to(device)
+    out[noised] = (out[noised] + noise).clamp(-1, 1)
     return out
 
 
@@ -91,8 +93,10 @@ def warp(pictures: Tensor, rng: np.random.Generator, pixels: float = 1.2) -> Ten
     if n == 0:
         return pictures
     coarse = torch.from_numpy(rng.normal(0, pixels * 2 / w, (n, 2, 6, 6)).astype(np.float32))
-    field = F.interpolate(coarse, size=(h, w), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
-    straight = F.affine_grid(torch.eye(2, 3).expand(n, 2, 3), [n, 3, h, w], align_corners=False)
+    field = F.interpolate(coarse.to(pictures.device), size=(h, w), mode="bicubic", align_corners=False).permute(
+        0, 2, 3, 1
+    )
+    straight = F.affine_grid(torch.eye(2, 3, device=pictures.device).expand(n, 2, 3), [n, 3, h, w], align_corners=False)
     return F.grid_sample(pictures, straight + field, padding_mode="border", align_corners=False)
 
 
@@ -101,4 +105,6 @@ def mirrored(pictures: Tensor, labels: Labels, rng: np.random.Generator) -> tupl
     turned = torch.from_numpy(rng.random(len(pictures)) < 0.5)
     x, y = labels.centre.unbind(-1)
     centre = torch.stack([torch.where(turned[:, None], GRID - x, x), y], -1)
-    return torch.where(turned[:, None, None, None], pictures.flip(-1), pictures), replace(labels, centre=centre)
+    return torch.where(turned[:, None, None, None].to(pictures.device), pictures.flip(-1), pictures), replace(
+        labels, centre=centre
+    )

@@ -34,7 +34,7 @@ from infusion.world.judge_figures import (
 from infusion.world.judge_lessons import Labels, cells, corrupt, heat_targets, labels_of, mirrored, shows_change
 from infusion.world.models import pixels_to_tensor
 from infusion.world.release import shipped_autoencoder
-from infusion.world.runs import Run, Schedule, log, read_log
+from infusion.world.runs import Run, Schedule, build_accelerator, hardware, log, read_log
 from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
 from infusion.world.twins import VIEWS, Families, build_families, load_families
 
@@ -108,17 +108,19 @@ def train_judge(
     torch.manual_seed(config.seed)
     device = accelerator.device
     network.to(device, memory_format=torch.channels_last).train()
+    if autoencoder is not None:
+        autoencoder.to(device)
     optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.02)
     run = Run(network, optimizer, config.schedule, folder / "judge.pt")
     while run.unfinished:
         rng = np.random.default_rng((config.seed, run.step))
         chosen = rng.choice(len(data) // VIEWS, config.families, replace=False)
         rows = (chosen[:, None] * VIEWS + np.arange(VIEWS)).ravel()
-        pictures = pixels_to_tensor(torch.from_numpy(data.pixels[rows]))
+        pictures = pixels_to_tensor(torch.from_numpy(data.pixels[rows])).to(device)
         pictures, labels = mirrored(pictures, labels_of(data, rows), rng)
-        pictures = corrupt(pictures, autoencoder, rng, config.corrupted).to(device, memory_format=torch.channels_last)
         with accelerator.autocast():
-            maps = network(pictures)
+            pictures = corrupt(pictures, autoencoder, rng, config.corrupted)
+            maps = network(pictures.contiguous(memory_format=torch.channels_last))
         losses = judge_losses(maps, labels, config)
         run.update(torch.stack(list(losses.values())).sum(), accelerator)
         yield run.step, run.seconds, {name: float(loss.detach()) for name, loss in losses.items()}
@@ -137,9 +139,10 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    for name in ("drawn", "minutes", "families", "learning_rate", "seed"):
+    for name in ("drawn", "minutes", "families", "learning_rate", "decay"):
         default = getattr(JudgeConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    parser.add_argument("--seed", type=int, help="by default the number of trainings that the judge has been through")
     parser.add_argument("--from-weights", action="store_true", help="go on from the shipped judge")
     parser.add_argument(
         "--base",
@@ -147,10 +150,12 @@ def main() -> None:
         help="folder of `infusion.world.pretrain` to take the autoencoder from; else the shipped one",
     )
     args = parser.parse_args()
+    if args.seed is None:  # other families and corruptions than the trainings before
+        args.seed = len(read_trainings()) if args.from_weights else 0
     config = JudgeConfig(**{k: v for k, v in vars(args).items() if k not in ("folder", "base")})
     args.folder.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(mixed_precision="bf16")
-    log(args.folder, stage="start", device=str(accelerator.device), **asdict(config))
+    accelerator = build_accelerator()
+    log(args.folder, stage="start", device=str(accelerator.device), hardware=hardware(accelerator), **asdict(config))
     parts = (("train", config.drawn, False), ("calibration", 300, False), ("test", 256, True))
     for seed, (part, count, strict) in enumerate(parts, start=3 * config.seed):
         for done in build_families(args.folder / part, count, seed, strict=strict):
@@ -174,6 +179,7 @@ def main() -> None:
             )
             sums = {}
     network.cpu()
+    autoencoder.cpu()
     test = load_families(args.folder / "test")
     judge = Judge(network, calibrate(network, load_families(args.folder / "calibration"), autoencoder))
     weight = judge.thresholds["embedding"]

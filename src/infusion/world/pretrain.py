@@ -42,7 +42,7 @@ from infusion.world.judge import shipped_judge
 from infusion.world.models import build_autoencoder, build_scheduler, build_text_encoder, build_unet
 from infusion.world.picking import best_score, judged, keep_best, save_best
 from infusion.world.release import read_trainings, read_weights
-from infusion.world.runs import Run, Schedule, log
+from infusion.world.runs import Run, Schedule, build_accelerator, hardware, log
 from infusion.world.segmentation import (
     SegmentationHead,
     attribute_loss,
@@ -323,8 +323,15 @@ def main() -> None:
     if minutes is None:
         minutes = 0.0 if args.from_weights else AutoencoderConfig().minutes
     config = PretrainConfig(**options, autoencoder=AutoencoderConfig(minutes=minutes))
-    accelerator = Accelerator(mixed_precision="bf16")
-    log(args.folder, stage="start", device=str(accelerator.device), earlier=earlier, **asdict(config))
+    accelerator = build_accelerator()
+    log(
+        args.folder,
+        stage="start",
+        device=str(accelerator.device),
+        hardware=hardware(accelerator),
+        earlier=earlier,
+        **asdict(config),
+    )
 
     autoencoder, latents, data = prepare(args.folder, config, accelerator)
     unet, text_encoder = build_unet(), build_text_encoder(build_tokenizer())

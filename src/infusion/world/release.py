@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -108,6 +107,7 @@ def training_of(log: list[dict[str, Any]]) -> dict[str, Any]:
         "pictures": kept["seen"],
         "batch": starts[0]["batch"],
         "minutes": round(kept["seconds"] / 60),
+        "hardware": starts[-1]["hardware"],
         "settings": f"{_parts(starts, base)}; the rate falls to zero over the last {starts[-1]['decay']:.0%}",
         "autoencoder": {
             "steps": coder[-1]["step"],
@@ -133,7 +133,8 @@ def model_card(trainings: list[dict[str, Any]], log: list[dict[str, Any]], index
     coders = [t["autoencoder"] for t in trainings if t["autoencoder"]]
     seen, minutes = (sum(t[key] for t in trainings) for key in ("pictures", "minutes"))
     parts = "\n".join(
-        f"{i}. {t['pictures']:,} pictures in {t['minutes']} min; {t['settings']}." for i, t in enumerate(trainings, 1)
+        f"{i}. {t['pictures']:,} pictures in {t['minutes']} min ({t['hardware']}); {t['settings']}."
+        for i, t in enumerate(trainings, 1)
     )
     curves = "\n\n".join(
         f"![loss curve of training {i}](loss-{i}.png)"
@@ -155,7 +156,6 @@ nothing else.
 | autoencoder | {"; then ".join(f"{c['steps']:,} steps of {c['crops']} crops of 32x32 in {c['minutes']:g} min, {c['psnr']:.1f} dB PSNR" for c in coders)}; the last 15 % of each on whole scenes |
 | text encoder and UNet | {seen:,} pictures seen, v-prediction, AdamW, averaged weights ({start["ema"]}), captions dropped {start["caption_dropout"]:.0%} |
 | terms beside denoising | grounding: the class word's maps of 16x16 and 8x8 on the subject's mask; separation: words of one kind apart in the text encoder; segmentation and attributes: each pixel's class, colours, pattern and accessory, read from features; subjects: how much more errors inside masks count |
-| hardware | {platform.machine()}, {torch.get_num_threads()} CPU threads, bf16 autocast, torch {torch.__version__} |
 | wall time | text encoder and UNet {minutes:.0f} min, with other work beside it |
 | map gate | peak inside the mask {gate.get("peak", float("nan")):.1%}, soft IoU {gate.get("iou", float("nan")):.2f}, inside/outside {gate.get("ratio", float("nan")):.1f}, two subjects each on its own {gate.get("own", float("nan")):.1%} ({gate.get("count", 0)} subjects) |
 

@@ -9,6 +9,7 @@ run.finish()                       # the networks hold the averaged weights
 from __future__ import annotations
 
 import json
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import is_bf16_available
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -115,6 +117,23 @@ class Run:
             group["fused"] = given  # the optimizer's own, not the checkpoint's: another device may have another
         self.ema.load_state_dict(state["ema"])
         self.step, self.seconds = state["step"], state["seconds"]
+
+
+def build_accelerator() -> Accelerator:
+    """Accelerate's device, with networks in bf16 where the device multiplies in it. A CPU that must emulate it is eighty times slower
+    so than in fp32 (docs/log.md)."""
+    native = is_bf16_available()
+    if PartialState().device.type == "cpu":
+        native = any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+    return Accelerator(mixed_precision="bf16" if native else "no")
+
+
+def hardware(accelerator: Accelerator) -> str:
+    """What a training runs on, for logs and model cards."""
+    on_cpu = accelerator.device.type == "cpu"
+    device = f"{torch.get_num_threads()} CPU thread(s)" if on_cpu else torch.cuda.get_device_name()
+    precision = "bf16 autocast" if accelerator.mixed_precision == "bf16" else "fp32"
+    return f"{platform.machine()}, {device}, {precision}, torch {torch.__version__}"
 
 
 def save_whole(state: dict[str, Any], path: Path) -> None:
