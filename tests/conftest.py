@@ -9,14 +9,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from infusion.concept import Concept
 from infusion.naive import naive_prediction
 from infusion.prompts import parse
 from infusion.streams import Plan, value_lengths
 from infusion.world.tokenizer import build_tokenizer
+from tests.pretend import pretend_device
+
+pretend_device()  # before the first backward pass of all
 
 
 def tiny_unet(**changes: object) -> UNet2DConditionModel:
@@ -82,6 +91,53 @@ def _shared_pipe() -> StableDiffusionPipeline:
 def pipe(_shared_pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
     """A tiny pipeline of the test's own."""
     return copy.deepcopy(_shared_pipe)
+
+
+@pytest.fixture(scope="session")
+def _shared_xl() -> StableDiffusionXLPipeline:
+    torch.manual_seed(3)
+    tokenizer = build_tokenizer()
+
+    def text(width: int) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length, projection_dim=10, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+
+    pipe = StableDiffusionXLPipeline(
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            sample_size=16,
+        ),
+        text_encoder=CLIPTextModel(text(8)),
+        text_encoder_2=CLIPTextModelWithProjection(text(12)),
+        tokenizer=tokenizer,
+        tokenizer_2=build_tokenizer(),
+        unet=tiny_unet(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=20,
+            transformer_layers_per_block=(1, 2),
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=10 + 6 * 4,
+            use_linear_projection=True,
+        ),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False),
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def xl(_shared_xl: StableDiffusionXLPipeline) -> StableDiffusionXLPipeline:
+    """A tiny pipeline of SDXL's kind, with two text encoders."""
+    return copy.deepcopy(_shared_xl)
 
 
 def random_concept(

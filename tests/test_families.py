@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler
 from peft import LoraConfig
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import infusion
 from infusion.errors import InfusionError
@@ -18,54 +15,7 @@ from infusion.naive import naive_prediction
 from infusion.photos import load_photos
 from infusion.streams import Plan, Streams
 from infusion.training import LearnConfig
-from infusion.world.tokenizer import build_tokenizer
 from tests.conftest import latents, naive_latents, random_concept, tiny_unet
-
-
-@pytest.fixture(scope="session")
-def _shared_xl():
-    torch.manual_seed(3)
-    tokenizer = build_tokenizer()
-
-    def text(width: int) -> CLIPTextConfig:
-        return CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length, projection_dim=10, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-
-    pipe = StableDiffusionXLPipeline(
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            sample_size=16,
-        ),
-        text_encoder=CLIPTextModel(text(8)),
-        text_encoder_2=CLIPTextModelWithProjection(text(12)),
-        tokenizer=tokenizer,
-        tokenizer_2=build_tokenizer(),
-        unet=tiny_unet(
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=20,
-            transformer_layers_per_block=(1, 2),
-            addition_embed_type="text_time",
-            addition_time_embed_dim=4,
-            projection_class_embeddings_input_dim=10 + 6 * 4,
-            use_linear_projection=True,
-        ),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False),
-        add_watermarker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture
-def xl(_shared_xl):
-    return copy.deepcopy(_shared_xl)
 
 
 def test_xl_rows_and_zero(xl):

@@ -161,7 +161,7 @@ def measure(
         for reading, picture in zip(judge.read(stacked(drawn)), drawn, strict=True)
     ]
     other, generic = forgetting(pipe, adapter, _groups(word, job.denoising_steps), job.seed)
-    latents = [encode_pictures(pipe, part).double().flatten(1) for part in (drawn, base)]
+    latents = [encode_pictures(pipe, part).cpu().double().flatten(1) for part in (drawn, base)]
     return {
         "strip": strip(drawn[:: job.pictures]) if job.subject < STRIPS and step in (0, job.points[-1]) else None,
         "readings": readings,

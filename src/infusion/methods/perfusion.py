@@ -154,16 +154,16 @@ def inverse_covariance(
     pipe: DiffusionPipeline, captions: Sequence[str], ridge: float = 1e-3, batch: int = 64
 ) -> Tensor:
     """(E[e e^T] + ridge x its mean eigenvalue)^-1 over the captions' tokens, padding left out: (d, d) float32."""
-    tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
+    tokenizer, encoder, device = pipe.tokenizer, pipe.text_encoder, execution_device(pipe)
     total, count = 0.0, 0
     for i in range(0, len(captions), batch):
         encoded = tokenizer(list(captions[i : i + batch]), padding="max_length", truncation=True, return_tensors="pt")
-        states = encoder(encoded["input_ids"].to(execution_device(pipe)))[0].double()
-        real = states[encoded["attention_mask"].bool().to(states.device)]
+        states = encoder(encoded["input_ids"].to(device))[0].cpu().double()  # MPS has no float64
+        real = states[encoded["attention_mask"].bool()]
         total, count = total + real.T @ real, count + len(real)
     covariance = torch.as_tensor(total) / count
-    shrink = ridge * covariance.trace() / len(covariance) * torch.eye(len(covariance), device=covariance.device)
-    return torch.linalg.inv(covariance + shrink).float()
+    shrink = ridge * covariance.trace() / len(covariance) * torch.eye(len(covariance))
+    return torch.linalg.inv(covariance + shrink).float().to(device)
 
 
 def _class_state(lesson: Lesson) -> Tensor:

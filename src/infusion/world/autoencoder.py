@@ -60,8 +60,9 @@ def train_autoencoder(
         batch = _batch(data, rng, config, whole=run.share >= 1 - config.whole).to(accelerator.device)
         with accelerator.autocast():
             posterior = model.encode(batch).latent_dist
-            generator = torch.Generator(device=accelerator.device).manual_seed(int(rng.integers(2**31)))
-            decoded = model.decode(posterior.sample(generator)).sample
+            generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
+            decoded = model.decode(posterior.mean + posterior.std * noise).sample
         error = decoded.float() - batch
         mse = error.square().mean()
         kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from infusion.world.judge import GRID, SHIPPED, Judge, JudgeNetwork, Maps, beliefs, evidence, peaks
+from infusion.world.judge import GRID, SHIPPED, Judge, JudgeNetwork, Maps, beliefs, evidence, look, peaks
 from infusion.world.judge_lessons import Labels, cells, corrupt, labels_of, shows_change
 from infusion.world.models import pixels_to_tensor
 from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
@@ -46,7 +46,7 @@ def calibrate(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             pictures = corrupt(pixels_to_tensor(torch.from_numpy(data.pixels[rows])), autoencoder, rng, 0.6)
-        maps = network(pictures)
+        maps = look(network, pictures)
         b, s, x, y = cells(labels)
         for k, name in enumerate(SUBJECT_HEADS):
             known = labels.subject[b, s, k] != NONE
@@ -118,7 +118,7 @@ def examine(
         pictures = pixels_to_tensor(torch.from_numpy(data.pixels[rows]))
         if autoencoder is not None:
             pictures = autoencoder.decode(autoencoder.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)
-        maps = network(pictures)
+        maps = look(network, pictures)
         _count(maps, labels, hits)
         firsts.append(first_subjects(maps, labels))
     figures = {name: float(torch.cat(h).float().mean()) for name, h in hits.items()}
@@ -145,7 +145,9 @@ def examine_told(judge: Judge, data: Families, autoencoder: AutoencoderKL, batch
         rows = np.arange(i, min(i + batch, len(data)))
         labels = labels_of(data, rows)
         pictures = pixels_to_tensor(torch.from_numpy(data.pixels[rows]))
-        maps = judge.network(autoencoder.decode(autoencoder.encode(pictures).latent_dist.mean).sample.clamp(-1, 1))
+        maps = look(
+            judge.network, autoencoder.decode(autoencoder.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)
+        )
         b, s, x, y = cells(labels)
         for name, logits, target in (
             *((n, maps.subject[n][b, :, y, x], labels.subject[b, s, k]) for k, n in enumerate(SUBJECT_HEADS)),
@@ -283,5 +285,5 @@ picture would differ by 6 % of full brightness over some 4x4 pixels). "Told" is 
 {chr(10).join(rows)}
 
 Twins differ in one attribute, or in their proportions alone; {figures["clean"]["twins"]:.0f} pairs in an attribute that both pictures show. Whether two
-are one individual is told by what each head believes (how much likelier the two beliefs are of one than of two that the world drew) and by the embedding's cosine. "Likeness" in reports and benchmarks is that cosine alone.
+are one individual is told by the heads whose beliefs differ (how much likelier they are of two individuals that the world drew than of one) and by the embedding's cosine. Every picture is looked at as it is and mirrored. "Likeness" in reports and benchmarks is that cosine alone.
 """

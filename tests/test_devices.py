@@ -1,0 +1,119 @@
+"""Every tensor is where the pipeline is: on a pretend accelerator the library learns and draws what it does on the CPU."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import infusion
+from infusion.diagnosis import layer_maps, validation_loss
+from infusion.evaluation import EvaluateConfig, evaluate
+from infusion.lesson import prepare_lesson
+from infusion.methods import METHODS
+from infusion.methods.infusion import ConceptAdapter
+from infusion.photos import Photo
+from infusion.training import LearnConfig
+from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, train_autoencoder
+from infusion.world.dataset import build_dataset, load_dataset
+from infusion.world.examination import draw
+from infusion.world.judge import Judge, JudgeNetwork
+from infusion.world.judge_training import JudgeConfig, train_judge
+from infusion.world.models import build_autoencoder, build_pipeline, build_text_encoder, build_unet
+from infusion.world.pretrain import PretrainConfig, train_base
+from infusion.world.tokenizer import build_tokenizer
+from infusion.world.twins import build_families, load_families
+from tests.conftest import latents, random_concept
+from tests.pretend import PretendTensor, pretend
+
+
+@pytest.fixture
+def photos():
+    rng = np.random.default_rng(0)
+    return [Photo(Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))) for _ in range(3)]
+
+
+def test_the_pretend_device_refuses_what_cuda_would():
+    with pretend(doubles=False) as device:
+        there, here = torch.ones(2, 3, device=device), torch.ones(2, 3)
+        assert isinstance(there, PretendTensor)
+        assert float((there * torch.tensor(2.0)).sum()) == 12  # a CPU tensor of no dimensions may join
+        assert there[torch.tensor([1])].shape == (1, 3)
+        for mixture in (lambda: there + here, lambda: torch.cat([there, here]), lambda: here[there[0].long()]):
+            with pytest.raises(RuntimeError, match="pretend"):
+                mixture()
+        with pytest.raises(TypeError, match="float64"):
+            there.double()
+        assert torch.equal(there.cpu(), here)
+
+
+@pytest.mark.parametrize(("family", "doubles"), [("pipe", True), ("pipe", False), ("xl", False)])
+def test_a_concept_is_learned_and_drawn(request, photos, family, doubles):
+    """Without doubles as on MPS."""
+    pipe = request.getfixturevalue(family)
+    config = LearnConfig(steps=2, batch=2, learning_rate=1.0)
+    prompts = ["a <milo:0.5> on the beach", "a cat", "<milo> and <rex>"]
+    rex = random_concept(pipe.unet, "rex", seed=1)
+    here = infusion.learn(pipe, photos, "dog", "milo", config)
+    with infusion.attach(pipe, here, rex):
+        expected = latents(pipe, prompts, negative_prompt=["a dog", "", ""])
+    with pretend(doubles) as device:
+        pipe.to(device)
+        there = infusion.learn(pipe, photos, "dog", "milo", config)
+        with infusion.attach(pipe, there, rex):
+            drawn = latents(pipe, prompts, negative_prompt=["a dog", "", ""])
+        assert isinstance(drawn, PretendTensor)
+    assert all(torch.allclose(r, here.residuals[path], atol=1e-4) for path, r in there.residuals.items())
+    assert torch.allclose(drawn.cpu(), expected, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_and_draws(pipe, photos, method):
+    learn, config = METHODS[method]
+    with pretend(doubles=False) as device:
+        pipe.to(device)
+        *_, last = learn(pipe, prepare_lesson(pipe, photos, "dog", "milo"), config(steps=1, batch=2))
+        with last.adapter.attached(pipe) as custom:
+            assert isinstance(latents(custom, f"a photo of {last.adapter.subject}"), PretendTensor)
+
+
+def test_diagnosis_and_evaluation(pipe, photos):
+    concept = random_concept(pipe.unet)
+    config = EvaluateConfig(
+        ("a photo of {} on the beach", "{} in the snow"), ("a cat",), seeds=2, other_seeds=2, steps=2, dimensions=2
+    )
+    with pretend(doubles=False) as device:
+        pipe.to(device)
+        lesson = prepare_lesson(pipe, photos, "dog", "milo")
+        assert all(isinstance(m, PretendTensor) for m in layer_maps(pipe, lesson).values())
+        there = {path: r.to(device) for path, r in concept.residuals.items()}
+        assert all(np.isfinite(loss) for loss in validation_loss(pipe, lesson, there).values())
+        assert evaluate(pipe, ConceptAdapter("<milo>", concept), photos, "dog", config).figures.pictures == 4
+
+
+def test_the_worlds_own_trainings(tmp_path):
+    for _ in build_dataset(tmp_path / "data", 8, seed=1, workers=1):
+        pass
+    for _ in build_families(tmp_path / "families", 4, seed=1, workers=1):
+        pass
+    data, families = load_dataset(tmp_path / "data"), load_families(tmp_path / "families")
+    with pretend() as name:
+        device = torch.device(name)
+        accelerator = SimpleNamespace(device=device, autocast=nullcontext, backward=lambda loss: loss.backward())
+        coder = build_autoencoder()
+        steps = train_autoencoder(coder, data, tmp_path, AutoencoderConfig(batch=2), accelerator)  # type: ignore[arg-type]
+        assert [step for step, _ in islice(steps, 2)] == [1, 2]
+        encoded = encode_dataset(coder.eval(), data)
+        lessons = train_judge(JudgeNetwork(), families, coder, tmp_path, JudgeConfig(families=2), accelerator)  # type: ignore[arg-type]
+        assert [step for step, *_ in islice(lessons, 2)] == [1, 2]
+        config = PretrainConfig(batch=2, validate_every=2)
+        networks = build_text_encoder(build_tokenizer()), build_unet()
+        trained = train_base(*networks, encoded, data, (encoded, data), tmp_path, config, accelerator)  # type: ignore[arg-type]
+        assert list(islice(trained, 2))[-1].validation is not None
+        drawn = draw(build_pipeline(coder, *networks), ["a dog", "a cat"], range(2))
+        assert len(Judge(JudgeNetwork().to(device)).read(drawn)) == 2
