@@ -225,19 +225,24 @@ def _untold(what: str, found: Estimate, scale: float, pictures: int) -> str:
 
 
 def forgetting(
-    pipe: DiffusionPipeline, adapter: Adapter, groups: Sequence[Mapping[str, Tensor]], seed: int
+    pipe: DiffusionPipeline,
+    adapter: Adapter,
+    groups: Sequence[Mapping[str, Tensor]],
+    seed: int,
+    by_base: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> list[FisherDivergence]:
-    """Latent Fisher divergence between base and adapter, one for each group of prompts with their latents. The base predicts first,
-    since an adapter may change the very UNet it is attached to."""
-    kind, alphas = pipe.scheduler.config["prediction_type"], pipe.scheduler.alphas_cumprod
-
-    def predicted(pipe: DiffusionPipeline) -> list[dict[str, Tensor]]:
-        return [predicted_noise(denoiser(pipe), latents, alphas, kind, seed=seed) for latents in groups]
-
-    by_base = predicted(pipe)
+    """Latent Fisher divergence between base and adapter, one for each group of prompts with their latents. by_base: `predictions` of the base
+    for the same groups and seed; without it the base predicts here, first, since an adapter may change the very UNet it is attached to."""
+    by_base = by_base or predictions(pipe, groups, seed)
     with adapter.attached(pipe) as custom:
-        by_custom = predicted(custom)
-    return [divergence(a, b, alphas) for a, b in zip(by_base, by_custom, strict=True)]
+        by_custom = predictions(custom, groups, seed)
+    return [divergence(a, b, pipe.scheduler.alphas_cumprod) for a, b in zip(by_base, by_custom, strict=True)]
+
+
+def predictions(pipe: DiffusionPipeline, groups: Sequence[Mapping[str, Tensor]], seed: int) -> list[dict[str, Tensor]]:
+    """What a pipeline predicts of noised latents, as noise (`predicted_noise`), one for each group of prompts with their latents."""
+    kind, alphas = pipe.scheduler.config["prediction_type"], pipe.scheduler.alphas_cumprod
+    return [predicted_noise(denoiser(pipe), latents, alphas, kind, seed=seed) for latents in groups]
 
 
 def unrelated(prompts: Sequence[str], word: str) -> list[str]:

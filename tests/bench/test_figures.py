@@ -119,6 +119,18 @@ def test_an_overfitted_method_is_compared_where_it_was_as_faithful():
     assert beside(found, "infusion")["dreambooth"]["fidelity"].value == pytest.approx(-0.5)
 
 
+def test_strengths_are_rows_of_their_own(tmp_path):
+    both = record("infusion", [{}, {}])
+    weaker = both["points"][0] | {"strength": 0.5, "strip": None, "forgetting": 0.25}
+    both["points"] = [both["points"][0] | {"strength": 1.0}, weaker]
+    found = curves([FLOOR, both])
+    assert [*found] == ["class-word", "infusion", "infusion at 0.5"]
+    assert pooled(found["infusion at 0.5"][80], "forgetting").value == 0.25
+    text = write_benchmark([FLOOR, both], tmp_path, pictures=False).read_text()
+    assert "## infusion at 0.5 beside the others" in text
+    assert "| infusion at 0.5 | 80 |" in text
+
+
 def test_the_page(tmp_path):
     picture = Image.new("RGB", (16, 8), "red")
     buffer = io.BytesIO()

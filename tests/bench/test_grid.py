@@ -9,7 +9,7 @@ import pytest
 from infusion.bench.grid import REFERENCES, jobs, load_grid
 from infusion.bench.subjects import PHOTOS, case, requests
 from infusion.errors import InfusionError
-from infusion.methods import METHODS
+from infusion.methods import METHODS, STRENGTH
 from infusion.world.scenes import few_modalities, render
 from infusion.world.vocabulary import BACKGROUNDS, CLASSES
 
@@ -19,6 +19,7 @@ def test_the_defaults_hold_every_method():
     todo = jobs(grid)
     assert len(todo) == grid.subjects * len(grid.methods)
     assert len({job.name for job in todo}) == len(todo)
+    assert {job.method for job in todo if job.strengths == (1.0, 0.5)} == {*STRENGTH}
     assert {job.subject for job in todo[: len(grid.methods)]} == {0}  # whole subjects first
     assert {job.method for job in todo} == {*METHODS, *REFERENCES} - {"key-value"}  # an ablation, not in the grid
     single = next(job for job in todo if job.label == "single-stream")
@@ -26,21 +27,21 @@ def test_the_defaults_hold_every_method():
     assert next(job for job in todo if job.label == "custom-diffusion").prior == 32
 
 
-def test_a_job_tells_all_that_decides_it():
+def test_a_job_tells_all_that_decides_it(tmp_path):
     """Another default, another method or another setting is another job; a label may hold a dot."""
-    grid = load_grid(None, {"methods.infusion-0.5.strength": 0.4})
+    (tmp_path / "own.toml").write_text('[methods.dreambooth]\n[methods."infusion 0.06"]\nmethod = "infusion"\n')
+    grid = load_grid(tmp_path / "own.toml", {"methods.infusion 0.06.strengths": [1, 0.4]})
     by_label = {job.label: job for job in jobs(grid) if job.subject == 0}
-    assert by_label["infusion-0.5"].settings["strength"] == 0.4
+    assert by_label["infusion 0.06"].strengths == (1.0, 0.4)
     tuned = by_label["dreambooth"]
     assert tuned.settings == {"learning_rate": 1e-4, "identifier": "", "prior_weight": 1.0}
     names = {
         tuned.name,
         replace(tuned, method="dreambooth-lora").name,
         replace(tuned, settings={**tuned.settings, "prior_weight": 2.0}).name,
+        replace(tuned, strengths=(0.5,)).name,
     }
-    assert len(names) == 3
-    with pytest.raises(InfusionError, match="has no setting 'strength'"):
-        load_grid(None, {"methods.textual-inversion.strength": 0.5})
+    assert len(names) == 4
 
 
 def test_a_file_and_overrides(tmp_path):
@@ -64,6 +65,12 @@ def test_a_file_and_overrides(tmp_path):
         ({"points": [5, 5]}, "must rise"),
         ({"methods.dreambooht": {}}, "'dreambooht' is no method; use one of class-word"),
         ({"methods.infusion.lr": 0.1}, "infusion has no setting 'lr'; use one of"),
+        ({"methods.class-word.strengths": [0.5]}, "class-word learns nothing and has no setting 'strengths'"),
+        ({"methods.textual-inversion.strengths": [0.5]}, "textual-inversion is drawn at its whole strength only"),
+        *(
+            ({"methods.infusion.strengths": bad}, "give different numbers above 0")
+            for bad in (0.5, [], [1, 1.0], [0.0], ["half"], [True])
+        ),
         ({"split": "train"}, "'dev' or 'test'"),
         ({"modalities": [{"position": "above"}]}, "'left', 'center' or 'right'"),
     ],

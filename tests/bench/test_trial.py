@@ -26,11 +26,12 @@ def guess():
 @pytest.mark.parametrize("label", ["class-word", "infusion", "dreambooth-prior", "perfusion"])
 def test_a_job(label, guess, monkeypatch):
     monkeypatch.setattr(trial, "load_judge", lambda: guess)
-    settings = {} if label in ("class-word", "infusion", "perfusion") else {f"methods.{label}.prior": 2}
+    settings = {"methods.dreambooth-prior.prior": 2} if label == "dreambooth-prior" else {}
     (job,) = jobs(load_grid(None, SMALL | settings), (label,))
     record = json.loads(json.dumps(trial.run_job(job, threads=torch.get_num_threads()), allow_nan=False))
-    steps = [p["step"] for p in record["points"]]
-    assert steps == ([0] if label == "class-word" else [1, 2])
+    drawn = [(p["step"], p["strength"]) for p in record["points"]]
+    whole = {"class-word": [(0, 1)], "perfusion": [(1, 1), (2, 1)]}
+    assert drawn == whole.get(label, [(1, 1), (1, 0.5), (2, 1), (2, 0.5)])
     last = record["points"][-1]
     assert len(last["readings"]) == len(record["requests"]) == 14
     assert last["strip"]
@@ -39,6 +40,9 @@ def test_a_job(label, guess, monkeypatch):
         assert last["forgetting"] == last["forgetting_class_word"] == 0
     else:
         assert last["forgetting"] > 0
+    if label == "dreambooth-prior":  # half a change of all weights moves the base half as far
+        full, half = (p["forgetting"] for p in record["points"][-2:])
+        assert half < 0.5 * full
     assert (last["bytes"] > 0) == (label != "class-word")
     if label == "class-word":
         assert last["w2"] == pytest.approx(0, abs=1e-6)

@@ -123,15 +123,21 @@ def subject(record: Record) -> Hashable:
     return job["split"], job["subjects_seed"], job["subject"]
 
 
+def row_label(record: Record, point: Mapping[str, Any]) -> str:
+    """The table's row that a point belongs to: the job's label, with the strength that it was drawn at where that is not 1."""
+    strength = point.get("strength", 1)  # records of before name it in their label
+    return record["job"]["label"] if strength == 1 else f"{record['job']['label']} at {strength:g}"
+
+
 def curves(records: Iterable[Record]) -> dict[str, dict[int, BySubject]]:
-    """label -> samples seen -> subject -> job -> its figures at that point, with seconds and bytes. Jobs of one name share photos,
+    """`row_label` -> samples seen -> subject -> job -> its figures at that point, with seconds and bytes. Jobs of one name share photos,
     prompts and seeds."""
     records = list(records)
     floors = {key(r): r["points"][0] for r in records if r["job"]["method"] == "class-word"}
     found: dict[str, dict[int, BySubject]] = {}
     for record in records:
-        by_samples = found.setdefault(record["job"]["label"], {})
         for point in record["points"]:
+            by_samples = found.setdefault(row_label(record, point), {})
             figures = point_figures(record, point, floors.get(key(record)))
             figures |= {"seconds": point["seconds"], "bytes": point["bytes"]}
             jobs = by_samples.setdefault(point["samples"], {}).setdefault(subject(record), {})

@@ -17,7 +17,7 @@ from infusion.methods import METHODS, STRENGTH
 
 DEFAULTS = Path(__file__).parent / "defaults.toml"
 REFERENCES = ("class-word", "described")  # the base itself, nothing learned
-_OURS = ("method", "prior")  # keys of a method's table that are not its configuration's
+_OURS = ("method", "prior", "strengths")  # keys of a method's table that are not its configuration's
 
 
 class Modality(BaseModel):
@@ -36,7 +36,8 @@ class Modality(BaseModel):
 
 class Grid(BaseModel):
     """The benchmark's settings; `defaults.toml` explains each. methods: label -> settings of the method's configuration, with
-    `method` where the label is not the method's name, and `prior`, the number of pictures of the class that it preserves."""
+    `method` where the label is not the method's name, `prior`, the number of pictures of the class that it preserves, and `strengths`, at
+    each of which what was learned is drawn."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     split: Literal["dev", "test"]
@@ -63,6 +64,8 @@ class Grid(BaseModel):
         for label, settings in methods.items():
             name = settings.get("method", label)
             if name in REFERENCES:
+                if given := settings.keys() - {"method"}:
+                    raise ValueError(f"{label} learns nothing and has no setting {sorted(given)[0]!r}; take it out")
                 continue
             if name not in METHODS:
                 raise ValueError(f"{name!r} is no method; use one of {', '.join((*REFERENCES, *METHODS))}")
@@ -70,11 +73,20 @@ class Grid(BaseModel):
             taken = inspect.signature(learn).parameters.keys()
             if "prior" in settings and "prior" not in taken:
                 raise ValueError(f"{label} preserves no prior; take prior out")
+            _check_strengths(label, settings.get("strengths", (1.0,)), name in STRENGTH)
             known = {f.name for f in fields(config)} - {"steps", "batch", "seed"}
-            known |= {"strength"} if name in STRENGTH else set()
             if bad := settings.keys() - known - {*_OURS}:
                 raise ValueError(f"{label} has no setting {sorted(bad)[0]!r}; use one of {', '.join(sorted(known))}")
         return methods
+
+
+def _check_strengths(label: str, strengths: Any, drawable: bool) -> None:
+    """Raise ValueError unless they are different numbers above 0, and all 1 for a method that draws at its whole strength only."""
+    numbers = isinstance(strengths, list | tuple) and all(type(s) in (int, float) and s > 0 for s in strengths)
+    if not numbers or not strengths or len(set(strengths)) < len(strengths):
+        raise ValueError(f"{label}: strengths is {strengths!r}; give different numbers above 0, as in [1.0, 0.5]")
+    if not drawable and tuple(strengths) != (1,):
+        raise ValueError(f"{label} is drawn at its whole strength only; take strengths out")
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,7 @@ class Job:
     method: str
     settings: dict[str, Any]
     prior: int
+    strengths: tuple[float, ...]
     split: str
     subjects_seed: int
     subject: int
@@ -99,7 +112,9 @@ class Job:
     @property
     def name(self) -> str:
         """Its file's name without the ending; two jobs of different settings differ in it."""
-        decides = (self.method, self.settings, self.prior, self.points, self.batch, self.pictures, self.denoising_steps)
+        decides = (
+            self.method, self.settings, self.prior, self.strengths, self.points, self.batch, self.pictures, self.denoising_steps,
+        )  # fmt: skip
         text = json.dumps(decides, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         place = Modality(**self.modality).label
@@ -170,6 +185,7 @@ def jobs(grid: Grid, only: tuple[str, ...] = ()) -> list[Job]:
             settings.get("method", label),
             _resolved(settings, settings.get("method", label)),
             settings.get("prior", 0),
+            tuple(map(float, settings.get("strengths", (1.0,)))),
             grid.split,
             grid.subjects_seed,
             subject,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from infusion.bench.figures import Record, beside, counted, curves, key, matched, pooled
+from infusion.bench.figures import Record, beside, counted, curves, key, matched, pooled, row_label
 from infusion.errors import InfusionError
 from infusion.methods import METHODS
 from infusion.metrics.estimate import Estimate, rate
@@ -106,7 +106,7 @@ def page(
         "PRES: likeness of pictures of the plain class word to the subject. Nearer to a photo: how much smaller the pixel distance to the nearest photo is than the base's. "
         "class-word and described learn nothing: the floor and what words alone can do.",
         "",
-        *(line for label in found if _is_ours(records, label) for line in _beside(found, label)),
+        *(line for label in _ours(records) for line in _beside(found, label)),
         "## The subject, attribute by attribute",
         "",
         *_table(found, tuple((name, label, "%") for name, label in PARTS)),
@@ -141,10 +141,15 @@ def _table(found: dict, columns: Sequence[tuple[str, str, str]]) -> list[str]:
     return rows
 
 
-def _is_ours(records: Sequence[Record], label: str) -> bool:
-    """Whether the label is Infusion in two streams."""
-    jobs = (r["job"] for r in records if r["job"]["label"] == label)
-    return any(job["method"] == "infusion" and job["settings"].get("two_streams", True) for job in jobs)
+def _ours(records: Sequence[Record]) -> list[str]:
+    """The rows that are Infusion in two streams."""
+    labels = {
+        row_label(r, point): None
+        for r in records
+        if r["job"]["method"] == "infusion" and r["job"]["settings"].get("two_streams", True)
+        for point in r["points"]
+    }
+    return list(labels)
 
 
 def _beside(found: dict, label: str) -> list[str]:
@@ -187,7 +192,7 @@ def _costs(records: Sequence[Record], found: dict) -> list[str]:
         f"| method | samples | seconds to learn, {'/'.join(map(str, threads))} thread(s) | bytes in fp16 | settings |",
         "|---|---|---|---|---|",
     ]
-    settings = {r["job"]["label"]: _own_settings(r["job"]) for r in records}
+    settings = {row_label(r, point): _own_settings(r["job"]) for r in records for point in r["points"]}
     for label, by_samples in found.items():
         samples = max(by_samples)
         seconds, size = pooled(by_samples[samples], "seconds"), pooled(by_samples[samples], "bytes")
@@ -254,13 +259,15 @@ def plot(found: dict, path: Path) -> None:
 def sheets(records: Sequence[Record], docs: Path, page: str = "benchmark") -> list[tuple[str, str]]:
     """One contact sheet for each subject with kept strips: (what it shows, file name)."""
     made = []
-    shown = [r for r in records if r["points"][-1].get("strip")]
+    shown = [r for r in records if _last_strips(r)]
     for place, same in enumerate(sorted({str(key(r)) for r in shown})):  # photos, prompts and seeds are of one key
         rows = [r for r in shown if str(key(r)) == same]
-        pictures = [_cut(r["points"][-1]["strip"]) for r in rows]
+        strips = [shown for r in rows for shown in _last_strips(r)]
         prompts = [q["prompt"].format("...") for q in rows[0]["requests"]]
         name = f"{page}-{place:03d}.jpg"
-        contact_sheet(pictures, [r["job"]["label"] for r in rows], prompts, cell=96).save(docs / name, quality=85)
+        contact_sheet([_cut(s) for _, s in strips], [label for label, _ in strips], prompts, cell=96).save(
+            docs / name, quality=85
+        )
         s, t = rows[0]["subject"], rows[0]["trained"]
         accessory = "" if s["accessory"] == "none" else f" with a {s['accessory']}"
         made.append(
@@ -270,6 +277,12 @@ def sheets(records: Sequence[Record], docs: Path, page: str = "benchmark") -> li
             )
         )
     return made
+
+
+def _last_strips(record: Record) -> list[tuple[str, str]]:
+    """(row, strip) of what the record kept of its last step, one a strength."""
+    last = record["points"][-1]["step"]
+    return [(row_label(record, p), p["strip"]) for p in record["points"] if p["step"] == last and p.get("strip")]
 
 
 def _cut(strip: str) -> list[Image.Image]:
@@ -293,7 +306,9 @@ def _refuse_mixtures(records: Sequence[Record]) -> None:
     settings: dict[str, Any] = {}
     for r in records:
         job = r["job"]
-        decides = [job[k] for k in ("method", "settings", "prior", "points", "batch", "pictures", "denoising_steps")]
+        decides = [
+            job.get(k) for k in ("method", "settings", "prior", "strengths", "points", "batch", "pictures", "denoising_steps")
+        ]
         if settings.setdefault(job["label"], decides) != decides:
             raise InfusionError(
                 f"The records of {job['label']!r} are of more than one setting ({settings[job['label']]}, {decides}); keep each in a folder of its own."

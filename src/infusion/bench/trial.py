@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ import infusion
 from infusion.base import load_base
 from infusion.bench.grid import Job
 from infusion.bench.subjects import Case, case, requests
-from infusion.evaluation import forgetting
+from infusion.evaluation import forgetting, predictions
 from infusion.generation import generate
 from infusion.judged import likeness, photo_embedding, stacked
 from infusion.lesson import Lesson, encode_pictures, prepare_lesson
 from infusion.methods import METHODS
 from infusion.methods.dreambooth import prior_lesson
-from infusion.methods.interface import Adapter, MethodState, drawn_at, stored_bytes
+from infusion.methods.interface import Adapter, MethodState, stored_bytes
 from infusion.metrics.similarity import spread
 from infusion.metrics.wasserstein import empirical_w2, principal
 from infusion.world.captions import caption
@@ -64,7 +64,8 @@ class Words:
 
 
 def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
-    """The job's record: its settings, versions, and for each point what every picture shows and what was measured."""
+    """The job's record: its settings, versions, and for each point, a step drawn at one of the strengths, what every picture shows and what
+    was measured."""
     torch.set_num_threads(threads)
     start = time.monotonic()
     pipe, judge = _base(), load_judge()
@@ -81,15 +82,17 @@ def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
     points, learning, last = [], 0.0, time.monotonic()
     for state in states(job, pipe, lesson, chosen):
         learning += time.monotonic() - last
-        if state.step in job.points or state.steps == 0:
+        for strength in job.strengths if state.step in job.points or state.steps == 0 else ():
+            adapter = state.adapter if strength == 1 else replace(state.adapter, strength=strength)
             points.append(
                 {
                     "step": state.step,
+                    "strength": strength,
                     "samples": state.step * job.batch,
                     "seconds": round(learning, 2),
                     "loss": state.loss,
-                    "bytes": stored_bytes(state.adapter),
-                    **measure(pipe, judge, state.adapter, job, lesson, asked, truth, state.step),
+                    "bytes": stored_bytes(adapter),
+                    **measure(pipe, judge, adapter, job, lesson, asked, truth, state.step),
                 }
             )
         last = time.monotonic()
@@ -123,15 +126,13 @@ def states(job: Job, pipe: DiffusionPipeline, lesson: Lesson, chosen: Case) -> I
     else:
         learn, config = METHODS[job.method]
         extra: dict[str, Any] = dict(job.settings)
-        strength = extra.pop("strength", 1.0)
         own = {f.name: extra.pop(f.name) for f in fields(config) if f.name in extra}
         settings = config(**own, steps=job.points[-1], batch=job.batch, seed=job.seed)
         if job.prior:
             extra["prior"] = prior_lesson(pipe, lesson, job.prior, job.denoising_steps)
         if job.method == "perfusion":
             extra["corpus"] = _corpus()
-        learned = learn(pipe, lesson, settings, **extra)
-        yield from learned if strength == 1 else drawn_at(learned, strength)
+        yield from learn(pipe, lesson, settings, **extra)
 
 
 def measure(
@@ -160,7 +161,8 @@ def measure(
         | {"like_subject": round(likeness(reading, truth), 4), "to_nearest_photo": to_nearest(picture, photos)}
         for reading, picture in zip(judge.read(stacked(drawn)), drawn, strict=True)
     ]
-    other, generic = forgetting(pipe, adapter, _groups(word, job.denoising_steps), job.seed)
+    groups, by_base = _groups(word, job.denoising_steps), _by_base(word, job.denoising_steps, job.seed)
+    other, generic = forgetting(pipe, adapter, groups, job.seed, by_base)
     latents = [encode_pictures(pipe, part).cpu().double().flatten(1) for part in (drawn, base)]
     return {
         "strip": strip(drawn[:: job.pictures]) if job.subject < STRIPS and step in (0, job.points[-1]) else None,
@@ -233,6 +235,11 @@ def _groups(word: str, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]
     prompts = [f"a photo of a {k} {_where(b)}" for k, b in zip(others, BACKGROUNDS[::2], strict=True)]
     own = f"a photo of a {word} {_where('city')}"
     return {p: drawn(p, i) for i, p in enumerate(prompts)}, {own: drawn(own, len(prompts))}
+
+
+@cache
+def _by_base(word: str, steps: int, seed: int) -> list[dict[str, Tensor]]:
+    return predictions(_base(), _groups(word, steps), seed)
 
 
 def _variety(latents: Sequence[Tensor], pictures: int) -> float | None:
