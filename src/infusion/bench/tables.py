@@ -307,7 +307,8 @@ def _refuse_mixtures(records: Sequence[Record]) -> None:
     for r in records:
         job = r["job"]
         decides = [
-            job.get(k) for k in ("method", "settings", "prior", "strengths", "points", "batch", "pictures", "denoising_steps")
+            job.get(k)
+            for k in ("method", "settings", "prior", "strengths", "points", "batch", "pictures", "denoising_steps")
         ]
         if settings.setdefault(job["label"], decides) != decides:
             raise InfusionError(
