@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 
@@ -41,6 +43,25 @@ def test_interrupted_runs_go_on(tmp_path):
     assert record["command"] == "infusion bench run"
     assert record["omp"] == str(record["threads"])
     assert record["pid"] != os.getpid()
+
+
+def slow_after_the_first(job: Job, threads: int) -> dict:
+    if job.subject:
+        time.sleep(60)
+    return {"subject": job.subject}
+
+
+def test_an_interrupted_run_does_not_wait_for_the_jobs_under_way(tmp_path):
+    todo = jobs(load_grid(None, {"subjects": 3, "methods": {"infusion": {}}}))
+    running = run_jobs(todo, tmp_path, 2, one=slow_after_the_first)
+    next(running)
+    workers = multiprocessing.active_children()
+    running.close()
+    for worker in workers:
+        worker.join(20)
+    assert workers
+    assert not any(worker.is_alive() for worker in workers)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def killed_once(job: Job, threads: int) -> dict:

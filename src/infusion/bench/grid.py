@@ -155,7 +155,7 @@ def load_grid(path: Path | None = None, overrides: dict[str, Any] | None = None)
 
 
 def _parts(key: str, settings: dict[str, Any]) -> list[str]:
-    """ "methods.infusion-0.5.strength" as its parts: the labels of methods may hold dots."""
+    """ "methods.infusion 0.06.strengths" as its parts: the labels of methods may hold dots."""
     for label in sorted(settings.get("methods", {}), key=len, reverse=True):
         if key.startswith(f"methods.{label}."):
             return ["methods", label, *key.removeprefix(f"methods.{label}.").split(".")]

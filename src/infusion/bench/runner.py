@@ -128,7 +128,7 @@ def _in_processes(
     todo: Sequence[Job], workers: int, threads: int, one: RunOne
 ) -> Iterator[tuple[Job, dict[str, Any] | Exception]]:
     # Spawned, not forked: a forked child inherits torch's thread pools in an unknown state.
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), {*multiprocessing.active_children()}
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)  # children read it as they start, before they import torch
     left = list(todo)
@@ -146,8 +146,11 @@ def _in_processes(
                             )  # a worker was killed, and with it all that were under way or waiting
                         else:
                             yield running[done], error if isinstance(error, Exception) else done.result()
-                finally:
+                except BaseException:  # interrupted: the jobs under way are lost, and would only be waited for
                     pool.shutdown(wait=False, cancel_futures=True)
+                    for worker in {*multiprocessing.active_children()} - others:
+                        worker.terminate()
+                    raise
             if left:  # one of those under way is to blame: the first of them is not tried again
                 left.sort(key=started.index)
                 yield (
