@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,7 @@ from infusion.errors import InfusionError
 from infusion.families import FAMILIES, clip_tokenizer, family_of
 from infusion.streams import value_lengths
 from tests.conftest import latents, random_concept, tiny_pipeline
+from tests.hub import serve
 from tests.original_layout import original_layout
 
 
@@ -238,3 +242,28 @@ def test_refusals(tmp_path):
         infusion.load_base(tmp_path / "model.ckpt")
     with pytest.raises(InfusionError, match="cannot be loaded"):
         infusion.load_base("nobody/no-such-model")
+
+
+def test_a_hub_id_is_downloaded_once_and_found_again_offline(tmp_path):
+    """From a hub on this machine, which wants no more than the real one does; the second time the hub is gone."""
+    random_pipeline("stable-diffusion-v1").save_pretrained(tmp_path / "folder")
+
+    def pictures(base: str, out: str, **environment: str) -> list[bytes]:
+        command = [sys.executable, "-m", "infusion.cli", "generate", "a dog", "--base", base, "-o", str(tmp_path / out)]
+        settings = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", **environment}
+        told = subprocess.run(
+            [*command, "--count", "2", "--steps", "1", "--device", "cpu"],
+            env={**os.environ, **settings},
+            capture_output=True,
+            text=True,
+        )
+        assert told.returncode == 0, told.stderr
+        return [path.read_bytes() for path in sorted((tmp_path / out).glob("0*.png"))]
+
+    with serve(tmp_path / "folder", "someone/tiny") as (hub, fetched):
+        downloaded = pictures("someone/tiny", "downloaded", HF_ENDPOINT=hub)
+    assert "unet/diffusion_pytorch_model.safetensors" in fetched
+    assert len(fetched) == len(set(fetched))
+    again = pictures("someone/tiny", "again", HF_HUB_OFFLINE="1")
+    assert len(downloaded) == 2
+    assert downloaded == again
