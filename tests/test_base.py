@@ -248,20 +248,23 @@ def test_a_hub_id_is_downloaded_once_and_found_again_offline(tmp_path):
     """From a hub on this machine, which wants no more than the real one does; the second time the hub is gone."""
     random_pipeline("stable-diffusion-v1").save_pretrained(tmp_path / "folder")
 
-    def pictures(base: str, out: str, **environment: str) -> list[bytes]:
+    def generate(base: str, out: str, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "infusion.cli", "generate", "a dog", "--base", base, "-o", str(tmp_path / out)]
         settings = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", **environment}
-        told = subprocess.run(
-            [*command, "--count", "2", "--steps", "1", "--device", "cpu"],
-            env={**os.environ, **settings},
-            capture_output=True,
-            text=True,
-        )
+        few = ["--count", "2", "--steps", "1", "--device", "cpu"]
+        return subprocess.run([*command, *few], env={**os.environ, **settings}, capture_output=True, text=True)
+
+    def pictures(base: str, out: str, **environment: str) -> list[bytes]:
+        told = generate(base, out, **environment)
         assert told.returncode == 0, told.stderr
         return [path.read_bytes() for path in sorted((tmp_path / out).glob("0*.png"))]
 
     with serve(tmp_path / "folder", "someone/tiny") as (hub, fetched):
         downloaded = pictures("someone/tiny", "downloaded", HF_ENDPOINT=hub)
+        unknown = generate("someone/else", "none", HF_ENDPOINT=hub)
+    assert unknown.returncode == 2
+    assert "The base 'someone/else' cannot be loaded" in unknown.stderr
+    assert "404" in unknown.stderr
     assert "unet/diffusion_pytorch_model.safetensors" in fetched
     assert len(fetched) == len(set(fetched))
     again = pictures("someone/tiny", "again", HF_HUB_OFFLINE="1")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
 from infusion.errors import InfusionError
@@ -84,10 +85,15 @@ def _load_other(base: str, dtype: torch.dtype) -> DiffusionPipeline:
     except InfusionError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        of_hub = isinstance(error.__cause__, HfHubHTTPError | OfflineModeIsEnabled)  # tells more than what hides it
+        reason = _first_line(error.__cause__ if of_hub else error)
         raise InfusionError(
             f"The base {base!r} cannot be loaded ({reason}); give a hub id, a diffusers folder, a .safetensors checkpoint, or 'embedded'."
         ) from None
+
+
+def _first_line(error: BaseException | None) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
