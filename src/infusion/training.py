@@ -10,7 +10,7 @@ attention outputs and the word's heat; the customized stream replays them and le
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def learning(
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             settings = {**_plain(config), "steps": step, "flip": lesson.flipped, "masked": lesson.masked}
-            learned = Concept(name, word, {k: v.detach() for k, v in residuals.items()}, settings, base)
+            learned = Concept(name, word, _on_cpu(residuals), settings, base)
             yield LearnState(step, config.steps, float(loss.detach()), learned.on_grid(config.scheme))
     finally:
         streams.remove()
@@ -169,6 +169,12 @@ def masked_loss(prediction: Tensor, draw: Draw) -> Tensor:
     """Mean over all elements of (m * prediction - m * target)^2, in float32."""
     error = draw.mask.float() * (prediction.float() - draw.target.float())
     return error.square().mean()
+
+
+def _on_cpu(residuals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, fetched at once: a device would be waited for at every one, and at every check of them."""
+    values = torch.cat([r.detach() for r in residuals.values()]).cpu()
+    return dict(zip(residuals, values.split([len(r) for r in residuals.values()]), strict=True))
 
 
 def _plain(config: LearnConfig) -> dict[str, int | float | str | bool]:
