@@ -45,7 +45,7 @@ def synchronized(step):
 
 
 def main(
-    out: Path, base: str | None, photos: Path | None, word: str, batch: int, rounds: int, dtype: torch.dtype,
+    out: Path, base: str | None, photos: Path | None, word: str, batch: int | None, rounds: int, dtype: torch.dtype,
     family: str = "stable-diffusion-v1",
 ) -> dict:  # fmt: skip
     """Measure and write JSON."""
@@ -58,12 +58,15 @@ def main(
     pipe.to(dtype)
     lesson = prepare_lesson(pipe, load_photos(photos) if photos else noise_photos(), word, "milo")
     concept = infusion.Concept("milo", word, {p: torch.randn(n) for p, n in value_lengths(pipe.unet).items()})
-    torch.cuda.reset_peak_memory_stats()
-    training = {
-        n: synchronized(s) for n, s in cpu_steps.training_steps(pipe, lesson, batch).items() if n != "full fine-tune"
-    }
+    batch = batch or max(1, 16 * 512**2 // lesson.pictures[0].width ** 2)
+    training, train_memory = {}, {}
+    for name, build in cpu_steps.training_steps(pipe, lesson, batch).items():
+        if name != "full fine-tune":
+            torch.cuda.reset_peak_memory_stats()  # counts what is there: the base, and for LoRA its own copy of it
+            training[name] = synchronized(build())
+            training[name]()
+            train_memory[name] = torch.cuda.max_memory_allocated() / 2**30
     train_seconds = cpu_steps.medians(training, rounds)
-    train_memory = torch.cuda.max_memory_allocated() / 2**30
     pipe.unet.requires_grad_(False)
     torch.cuda.reset_peak_memory_stats()
     sampling = {n: synchronized(s) for n, s in cpu_steps.pictures(pipe, concept, 8, 50).items()}
@@ -103,7 +106,7 @@ if __name__ == "__main__":
     parser.add_argument("--family", choices=list(FAMILIES), default="stable-diffusion-v1", help="without --base")
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--word", default="dog")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, help="samples a step; by default 16 of 512 pixels, or as many pixels")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], default="bf16")
     o = parser.parse_args()

@@ -31,8 +31,8 @@ from infusion.world.subjects import Subject
 SUBJECT = Subject("dog", "purple", "yellow", "spotted", "none", (0.55, 0.7, 0.5, 0.35))
 
 
-def training_steps(pipe, lesson, batch: int) -> dict[str, Callable[[], None]]:
-    """One optimizer step of each method on equal batches."""
+def training_steps(pipe, lesson, batch: int) -> dict[str, Callable[[], Callable[[], None]]]:
+    """What makes, for each method, its optimizer step on equal batches."""
 
     def infusion_step(two_streams: bool) -> Callable[[], None]:
         residuals = {
@@ -66,13 +66,16 @@ def training_steps(pipe, lesson, batch: int) -> dict[str, Callable[[], None]]:
 
         return step
 
-    lora = copy.deepcopy(pipe.unet).requires_grad_(False)
-    lora.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    def lora_step() -> Callable[[], None]:
+        lora = copy.deepcopy(pipe.unet).requires_grad_(False)
+        lora.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        return plain_step(lora)
+
     return {
-        "Infusion, two streams": infusion_step(True),
-        "Infusion, single stream": infusion_step(False),
-        "LoRA (peft, rank 4)": plain_step(lora),
-        "full fine-tune": plain_step(copy.deepcopy(pipe.unet).requires_grad_(True)),
+        "Infusion, two streams": lambda: infusion_step(True),
+        "Infusion, single stream": lambda: infusion_step(False),
+        "LoRA (peft, rank 4)": lora_step,
+        "full fine-tune": lambda: plain_step(copy.deepcopy(pipe.unet).requires_grad_(True)),
     }
 
 
@@ -114,7 +117,7 @@ def main(rounds: int = 15, batch: int = 8, count: int = 8, sampling_steps: int =
     photos = [_picture(scene) for scene in few_modalities(SUBJECT, 4, 1, "meadow")]
     lesson = prepare_lesson(pipe, load_photos(photos), "dog", "milo")
     concept = infusion.Concept("milo", "dog", {p: torch.randn(n) for p, n in value_lengths(pipe.unet).items()})
-    training = medians(training_steps(pipe, lesson, batch), rounds)
+    training = medians({name: build() for name, build in training_steps(pipe, lesson, batch).items()}, rounds)
     pipe.unet.requires_grad_(False)
     sampling = medians(pictures(pipe, concept, count, sampling_steps), max(1, rounds // 3))
     result = {

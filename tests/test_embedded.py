@@ -66,7 +66,7 @@ def gate_of(base, scenes):
         np.array([[ids for ids, _ in e] for e in encoded]),
         np.array([[words for _, words in e] for e in encoded]),
     )
-    latents = encode_pictures(base, [Image.fromarray(d.pixels) for d in drawn], batch=32)
+    latents = encode_pictures(base, [Image.fromarray(d.pixels) for d in drawn])
     return measure_maps(base.text_encoder, base.unet, latents, data)
 
 

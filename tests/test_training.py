@@ -160,6 +160,13 @@ def test_a_loss_that_is_not_finite_stops_with_a_remedy(pipe, photos):
     assert not any(m._forward_hooks for m in pipe.unet.modules())
 
 
+def test_gradients_that_are_never_finite_stop_with_a_remedy(pipe, photos, monkeypatch):
+    """fp16 leaves such steps out, so that a concept of zeros would come back as learned."""
+    monkeypatch.setattr("infusion.training.masked_loss", lambda prediction, _: (0 * prediction.float()).sum().sqrt())
+    with pytest.raises(InfusionError, match="gradients at step 17 are not finite in fp16"):
+        infusion.learn(pipe.to(torch.float16), photos, "dog", "milo", LearnConfig(steps=20, batch=1))
+
+
 def test_layers_can_be_chosen(pipe, photos):
     concept = infusion.learn(pipe, photos, "dog", "milo", LearnConfig(steps=1, batch=2, layers=("up_blocks",)))
     assert len(concept.residuals) == 4

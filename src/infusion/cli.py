@@ -78,7 +78,7 @@ def train(
     single_stream: Annotated[
         bool, typer.Option("--single-stream", help="The ablation without the foundational stream.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="The same seed on the same machine gives the same file.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed on the same CPU gives the same file.")] = 0,
     evaluate_every: Annotated[
         int | None,
         typer.Option(
@@ -91,6 +91,10 @@ def train(
             "--stop-when-overfit",
             help="Stop when the photos' background or position comes back, and keep the best so far.",
         ),
+    ] = False,
+    checkpointing: Annotated[
+        bool,
+        typer.Option("--checkpointing", help="Less memory, slower: activations are computed again on the way back."),
     ] = False,
     device: Device = None,
     dtype: DType = "fp32",
@@ -124,6 +128,8 @@ def train(
         _writable(out)
         _known_word(base, word)
         pipe = load_base(base, device, dtype, prediction)
+        if checkpointing:
+            pipe.unet.enable_gradient_checkpointing()
         now, checkups, failed = None, [], None
         try:
             told("Encoding the photos", 0, 0)
@@ -258,6 +264,7 @@ def evaluate(
         from infusion.features import load_features
         from infusion.photos import load_photos
         from infusion.steering import read_checkups
+        from infusion.streams import execution_device
         from infusion.world.judge import shipped_judge
 
         config = EvaluateConfig(seeds=seeds, batch=batch)
@@ -267,6 +274,8 @@ def evaluate(
         _writable(out / "report.html")
         _known_word(base, word)
         pipe = load_base(base, device, dtype, prediction)
+        for space in spaces:
+            space.model.to(execution_device(pipe))
         judge = shipped_judge() if base == EMBEDDED else None
         evaluation = measure(pipe, loaded, pictures, word, config, told, spaces, judge)
         report = write_report(evaluation, out, base, adapter.name, checkups)
@@ -312,7 +321,7 @@ def main() -> None:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             say.print(
-                "Error: the device's memory is full; draw fewer pictures at a time with --batch, learn from fewer samples a step, or use --dtype bf16.",
+                "Error: the device's memory is full; draw fewer pictures or learn from fewer samples at a time with --batch, learn with --checkpointing, or use --dtype bf16.",
                 style="red",
                 soft_wrap=True,
             )

@@ -5,7 +5,7 @@ spaces = load_features(clip="weights/clip-vit-base-patch32", dino="weights/dinov
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,9 +20,11 @@ from infusion.metrics.similarity import agreement, alignment, diversity, fidelit
 
 
 class Features(Protocol):
-    """A feature space: pictures to (n, d); texts to (n, d) in the same space, or None where it has none."""
+    """A feature space: pictures to (n, d); texts to (n, d) in the same space, or None where it has none; both on the CPU, wherever the
+    model is."""
 
     name: str
+    model: Any
 
     def pictures(self, images: Sequence[Image.Image]) -> Tensor: ...
 
@@ -40,14 +42,14 @@ class Clip:
     @torch.no_grad()
     def pictures(self, images: Sequence[Image.Image]) -> Tensor:
         """(n, d) image embeddings."""
-        pixels = self.processor(images=[i.convert("RGB") for i in images], return_tensors="pt")["pixel_values"]
-        return _tensor(self.model.get_image_features(pixel_values=pixels))
+        parts = _pixels(self.processor, images, self.model.device)
+        return torch.cat([_tensor(self.model.get_image_features(pixel_values=part)).cpu() for part in parts])
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """(n, d) text embeddings."""
         tokens = self.processor(text=list(texts), return_tensors="pt", padding=True, truncation=True)
-        return _tensor(self.model.get_text_features(**tokens))
+        return _tensor(self.model.get_text_features(**tokens.to(self.model.device))).cpu()
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class Dino:
     @torch.no_grad()
     def pictures(self, images: Sequence[Image.Image]) -> Tensor:
         """(n, d) class tokens."""
-        pixels = self.processor(images=[i.convert("RGB") for i in images], return_tensors="pt")["pixel_values"]
-        return self.model(pixel_values=pixels).last_hidden_state[:, 0]
+        parts = _pixels(self.processor, images, self.model.device)
+        return torch.cat([self.model(pixel_values=part).last_hidden_state[:, 0].cpu() for part in parts])
 
     def texts(self, texts: Sequence[str]) -> None:
         """DINO knows no texts."""
@@ -146,6 +148,13 @@ def _loaded(kind: str, source: str, load: Any) -> Features:
         raise InfusionError(
             f"The {kind} weights {source!r} cannot be loaded ({str(error).splitlines()[0][:160]}); give a folder with config, weights and preprocessor."
         ) from None
+
+
+def _pixels(processor: Any, images: Sequence[Image.Image], device: torch.device, batch: int = 16) -> Iterator[Tensor]:
+    """The pictures as the model wants them (b, 3, h, w), `batch` at a time."""
+    for i in range(0, len(images), batch):
+        part = [image.convert("RGB") for image in images[i : i + batch]]
+        yield processor(images=part, return_tensors="pt")["pixel_values"].to(device)
 
 
 def _tensor(output: Any) -> Tensor:

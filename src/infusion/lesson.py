@@ -105,13 +105,13 @@ class Lesson:
         """The batch of the given photos, captions, timesteps and noise."""
         device, dtype = self.latents.device, self.latents.dtype
         photo, text_rows, timesteps = photo.to(device), text.to(device), timesteps.to(device)
-        clean, noise = self.latents[photo], noise.to(device, dtype)
+        clean, noise = self.latents[photo].float(), noise.to(device)  # in bf16 small noise levels round to none
         velocity = self.noise.config["prediction_type"] == "v_prediction"
         target = self.noise.get_velocity(clean, noise, timesteps) if velocity else noise
         states = self.texts.states[text_rows]
         extra = {k: v[text_rows] for k, v in self.texts.extra.items()}
         return Draw(
-            noisy=self.noise.add_noise(clean, noise, timesteps),
+            noisy=self.noise.add_noise(clean, noise, timesteps).to(dtype),
             target=target,
             timesteps=timesteps,
             mask=self.masks[photo][:, None],
@@ -190,20 +190,18 @@ def added_conditions(pipe: DiffusionPipeline, encoded: Sequence[Tensor]) -> dict
 
 
 @torch.no_grad()
-def encode_pictures(pipe: DiffusionPipeline, pictures: Sequence[Image.Image], batch: int = 8) -> Tensor:
+def encode_pictures(pipe: DiffusionPipeline, pictures: Sequence[Image.Image]) -> Tensor:
     """Pictures of one size -> latents scaled as the UNet expects them (the posterior's mode)."""
     vae, dtype, device = pipe.vae, pipe.vae.dtype, execution_device(pipe)
-    upcast = dtype == torch.float16 and vae.config.force_upcast  # SDXL's overflows in fp16
-    if upcast:
-        vae.to(torch.float32)
     x = to_tensor(pictures)
-    parts = [
-        vae.encode(x[i : i + batch].to(device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
-        for i in range(0, len(x), batch)
-    ]
-    if upcast:
+    batch = max(1, min(8, 8 * 512**2 // x[0, 0].numel()))  # the memory grows with the pictures' area
+    try:
+        if dtype == torch.float16 and vae.config.force_upcast:  # SDXL's overflows in fp16
+            vae.to(torch.float32)
+        parts = [vae.encode(part.to(device, vae.dtype)).latent_dist.mode() for part in x.split(batch)]
+    finally:
         vae.to(dtype)
-    return torch.cat(parts).to(device, require_unet(pipe).dtype)
+    return (torch.cat(parts) * vae.config.scaling_factor).to(device, require_unet(pipe).dtype)
 
 
 @torch.no_grad()

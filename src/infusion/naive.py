@@ -36,7 +36,7 @@ class _Explicit:
             v = v + self.added
         b, n, width = q.shape
         d = width // attn.heads
-        out, maps = torch.zeros_like(q), torch.zeros(b, attn.heads, n, k.shape[1])
+        out, maps = torch.zeros_like(q), q.new_zeros(b, attn.heads, n, k.shape[1])
         for row in range(b):
             for head in range(attn.heads):
                 part = slice(head * d, (head + 1) * d)
@@ -71,7 +71,7 @@ def naive_prediction(
             layer.set_processor(foundational[path])
         unet(sample, timestep, states, **kwargs)
         for path, layer in layers.items():
-            added = torch.zeros(*states.shape[:2], layer.to_v.out_features)
+            added = states.new_zeros(*states.shape[:2], layer.to_v.out_features)
             for row, mentions in enumerate(plan.rows):
                 for mention in mentions:
                     for position in mention.positions:

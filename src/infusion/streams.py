@@ -79,6 +79,21 @@ def require_unet(pipe: DiffusionPipeline) -> UNet2DConditionModel:
     return unet
 
 
+@contextmanager
+def frozen(unet: nn.Module) -> Iterator[None]:
+    """Within it the UNet is in evaluation mode and its own weights want no gradient, so that nothing is kept for one."""
+    training, learnable = unet.training, [p for p in unet.parameters() if p.requires_grad]
+    try:
+        unet.eval()
+        for p in learnable:
+            p.requires_grad_(False)
+        yield
+    finally:
+        unet.train(training)
+        for p in learnable:
+            p.requires_grad_(True)
+
+
 def execution_device(pipe: DiffusionPipeline) -> torch.device:
     """Where the pipeline computes, also while offloading keeps its weights elsewhere."""
     return pipe._execution_device

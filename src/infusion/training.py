@@ -25,7 +25,7 @@ from infusion.lesson import Draw, Lesson, prepare_lesson
 from infusion.packing import SCHEMES
 from infusion.photos import Photo, load_photos
 from infusion.pipelines import base_info
-from infusion.streams import Streams, execution_device, require_unet, value_lengths
+from infusion.streams import Streams, execution_device, frozen, require_unet, value_lengths
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def learning(
     """Learn a concept step by step; every step yields its `LearnState`.
 
     photos: a folder, pictures, or a prepared `Lesson`, which has its own say on `flip` and `masked`. word: the class word, as the base knows it.
-    The same seed on the same machine gives the same concept. Leaves nothing on the pipeline,
+    The same seed on the same machine gives the same concept, on a GPU but for rounding. Leaves nothing on the pipeline,
     also when the caller stops early.
     """
     config = config or LearnConfig()
@@ -108,34 +108,29 @@ def learning(
     optimizer = torch.optim.AdamW(residuals.values(), config.learning_rate)
     scaler = torch.amp.GradScaler(device.type, enabled=unet.dtype == torch.float16)  # small gradients vanish in fp16
     generator = torch.Generator().manual_seed(config.seed)
-    frozen = [p for p in unet.parameters() if p.requires_grad]
-    training = unet.training
     streams = Streams(unet)
     streams.residuals = {name: residuals}
     streams.two_streams = config.two_streams
     try:
-        unet.eval()
-        for p in frozen:
-            p.requires_grad_(False)
-        for step in range(1, config.steps + 1):
-            draw = lesson.draw(config.batch, generator)
-            loss = masked_loss(predict(streams, draw), draw)
-            if not bool(torch.isfinite(loss)):
-                raise InfusionError(
-                    f"The loss is {float(loss.detach())} at step {step}; learn in fp32 or bf16, or with a lower learning rate than {config.learning_rate}."
-                )
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            settings = {**_plain(config), "steps": step, "flip": lesson.flipped, "masked": lesson.masked}
-            learned = Concept(name, word, _on_cpu(residuals), settings, base)
-            yield LearnState(step, config.steps, float(loss.detach()), learned.on_grid(config.scheme))
+        with frozen(unet):
+            for step in range(1, config.steps + 1):
+                draw = lesson.draw(config.batch, generator)
+                loss = masked_loss(predict(streams, draw), draw)
+                if not bool(torch.isfinite(loss)):
+                    raise InfusionError(
+                        f"The loss is {float(loss.detach())} at step {step}; learn in fp32 or bf16, or with a lower learning rate than {config.learning_rate}."
+                    )
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                if scaler.get_scale() < 1:  # it halves whenever a gradient is not finite, and the step is left out
+                    raise InfusionError(f"The gradients at step {step} are not finite in fp16; learn in fp32 or bf16.")
+                optimizer.zero_grad(set_to_none=True)
+                settings = {**_plain(config), "steps": step, "flip": lesson.flipped, "masked": lesson.masked}
+                learned = Concept(name, word, _on_cpu(residuals), settings, base)
+                yield LearnState(step, config.steps, float(loss.detach()), learned.on_grid(config.scheme))
     finally:
         streams.remove()
-        unet.train(training)
-        for p in frozen:
-            p.requires_grad_(True)
 
 
 def learn(

@@ -60,6 +60,17 @@ def test_every_method_is_tried_here():
     assert SMALL.keys() == METHODS.keys()
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float16) for name in SMALL if name != "infusion"]
+    + [(name, torch.bfloat16) for name in ("dreambooth", "custom-diffusion")],
+)
+def test_a_base_too_coarse_to_learn_in_is_refused(pipe, lesson, name, dtype):
+    """fp16 by all but Infusion, which scales its loss; bf16 where the base's own weights learn, whose steps it rounds away."""
+    with pytest.raises(InfusionError, match="too coarse for this method; load it in fp32"):
+        next(SMALL[name](pipe.to(dtype), lesson))
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_the_pipeline_stays_and_the_adapter_draws(pipe, lesson, name):
     prompt = "a photo of {} on the beach"
@@ -78,6 +89,7 @@ def test_the_pipeline_stays_and_the_adapter_draws(pipe, lesson, name):
     assert after.keys() == weights.keys()
     assert all(torch.equal(after[k], v) for k, v in weights.items())
     assert all(p.grad is None for p in pipe.unet.parameters())
+    assert name == "dreambooth-lora" or all(p.requires_grad for p in pipe.unet.parameters())  # peft's loading freezes
     assert "<milo>" not in pipe.tokenizer.get_vocab()
     assert stored_bytes(adapter) == 2 * sum(t.numel() for t in adapter.tensors().values()) > 0
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from infusion.errors import InfusionError
 from infusion.world.runs import Run, Schedule, build_accelerator, hardware
 
 SCHEDULE = Schedule(minutes=5, learning_rate=0.1, warmup=4, decay=0.5, ema=0.9, save_every=3)
@@ -84,3 +87,13 @@ def test_bf16_is_used_only_where_the_processor_multiplies_in_it(monkeypatch, has
         assert ("bf16" in hardware(accelerator)) == has
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_launcher_of_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr("infusion.world.runs.PartialState", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(InfusionError, match="was started 2 times; start it with python -m"):
+        build_accelerator()
+
+
+def test_the_hardware_of_a_device_without_a_name_is_the_device():
+    assert ", mps, fp32, torch " in hardware(SimpleNamespace(device=torch.device("mps"), mixed_precision="no"))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from infusion.bench.grid import Job
+from infusion.cores import usable_cores
 from infusion.errors import InfusionError
 
 ENGINES = ("processes", "ray")
@@ -57,7 +58,7 @@ def run_jobs(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InfusionError(f"{str(folder)!r} cannot be made ({error.strerror}); choose another folder.") from None
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, usable_cores() // workers)
     runs = _on_ray if engine == "ray" else _in_processes
     for job, result in runs(pending(todo, folder), workers, threads, one or _run_job):
         try:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from infusion.lesson import Lesson
 from infusion.methods.dreambooth import preserving
-from infusion.methods.interface import MethodState
+from infusion.methods.interface import MethodState, check_precision
 from infusion.methods.textual_inversion import WordEmbedding
 from infusion.methods.tokens import NewWord
 from infusion.streams import projections, require_unet
@@ -72,6 +72,7 @@ def custom_diffusion(
 ) -> Iterator[MethodState]:
     """Train projections and word, yielding after every step. prior: pictures of the class, from `dreambooth.prior_lesson`."""
     config = config or CustomDiffusionConfig()
+    check_precision(pipe, own_weights=True)
     word = NewWord(pipe, lesson.name, lesson.word)
     called = f"{word.token} {lesson.word}"
     ids = word.token_ids([t.format(called) for t in lesson.templates])

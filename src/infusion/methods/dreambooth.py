@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from infusion.generation import generate
 from infusion.lesson import Draw, Lesson, encode_texts, prepare_lesson
-from infusion.methods.interface import MethodState, rebuilt
+from infusion.methods.interface import MethodState, check_precision, rebuilt
 from infusion.photos import Photo
 from infusion.streams import require_unet
 
@@ -73,6 +73,7 @@ def dreambooth(
 ) -> Iterator[MethodState]:
     """Train a copy of the pipeline's UNet, yielding after every step. prior: pictures of the class, from `prior_lesson`."""
     config = config or DreamBoothConfig()
+    check_precision(pipe, own_weights=True)
     called = f"{config.identifier} {lesson.word}".strip()
     if config.identifier:
         captions = [t.format(called) for t in lesson.templates]

@@ -17,8 +17,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
+
+from infusion.errors import InfusionError
+from infusion.streams import require_unet
 
 
 class Adapter(Protocol):
@@ -58,6 +62,17 @@ def drawn_at(states: Iterator[MethodState], strength: float) -> Iterator[MethodS
 def stored_bytes(adapter: Adapter, bytes_per_value: int = 2) -> int:
     """Size of the learned tensors at `bytes_per_value`, 2 for fp16; headers not counted, so that methods compare."""
     return sum(t.numel() for t in adapter.tensors().values()) * bytes_per_value
+
+
+def check_precision(pipe: DiffusionPipeline, own_weights: bool = False) -> None:
+    """Raise InfusionError for a base whose numbers are too coarse to learn in: gradients vanish in fp16, which only Infusion scales; a step
+    of the base's `own_weights` is rounded away in bf16 too, and overflows in fp16."""
+    dtype = require_unet(pipe).dtype
+    if dtype == torch.float16 or (own_weights and dtype != torch.float32):
+        remedy = "fp32" if own_weights else "fp32 or bf16"
+        raise InfusionError(
+            f"The base is in {str(dtype).removeprefix('torch.')}, too coarse for this method; load it in {remedy}."
+        )
 
 
 def rebuilt(pipe: DiffusionPipeline, **components: Any) -> DiffusionPipeline:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from infusion.concept import Concept
 from infusion.errors import InfusionError
 from infusion.lesson import Lesson
-from infusion.methods.interface import MethodState
+from infusion.methods.interface import MethodState, check_precision
 from infusion.pipelines import attach
-from infusion.streams import Streams, execution_device, projections, require_unet
+from infusion.streams import Streams, execution_device, frozen, projections, require_unet
 from infusion.training import masked_loss, predict
 
 
@@ -85,6 +85,7 @@ def added(streams: Streams, residuals: Mapping[str, Tensor]) -> Iterator[None]:
 def key_value(pipe: DiffusionPipeline, lesson: Lesson, config: KeyValueConfig | None = None) -> Iterator[MethodState]:
     """Learn the residuals, yielding after every step."""
     config = config or KeyValueConfig()
+    check_precision(pipe)
     unet, device = require_unet(pipe), execution_device(pipe)
     residuals = {
         path: nn.Parameter(torch.zeros(layer.out_features, device=device))
@@ -98,13 +99,14 @@ def key_value(pipe: DiffusionPipeline, lesson: Lesson, config: KeyValueConfig | 
     streams = Streams(unet)
     streams.two_streams = False
     try:
-        for step in range(1, config.steps + 1):
-            draw = lesson.draw(config.batch, generator)
-            with added(streams, residuals):
-                loss = masked_loss(predict(streams, draw), draw)
-            for residual, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
-                residual.grad = gradient
-            optimizer.step()
-            yield MethodState(step, config.steps, float(loss.detach()), adapter)
+        with frozen(unet):
+            for step in range(1, config.steps + 1):
+                draw = lesson.draw(config.batch, generator)
+                with added(streams, residuals):
+                    loss = masked_loss(predict(streams, draw), draw)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                yield MethodState(step, config.steps, float(loss.detach()), adapter)
     finally:
         streams.remove()

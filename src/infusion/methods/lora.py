@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from infusion.lesson import Lesson
 from infusion.methods.dreambooth import preserving
-from infusion.methods.interface import MethodState
+from infusion.methods.interface import MethodState, check_precision
 from infusion.streams import require_unet
 
 _NAME = "infusion_lora"
@@ -109,6 +109,7 @@ def dreambooth_lora(
     import peft
 
     config = config or LoraConfig()
+    check_precision(pipe)
     unet = copy.deepcopy(require_unet(pipe)).requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

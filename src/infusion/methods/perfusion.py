@@ -21,10 +21,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from infusion.lesson import Lesson
-from infusion.methods.interface import MethodState
+from infusion.methods.interface import MethodState, check_precision
 from infusion.methods.textual_inversion import WordEmbedding
 from infusion.methods.tokens import NewWord
-from infusion.streams import execution_device, projections, require_unet
+from infusion.streams import execution_device, frozen, projections, require_unet
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def perfusion(
     """Learn word and edit, yielding after every step. corpus: common captions for C, thousands of them; the paper takes
     100,000. Without it C comes from the lesson's own captions, which tells words apart poorly."""
     config = config or PerfusionConfig()
+    check_precision(pipe)
     unet = require_unet(pipe)
     word = NewWord(pipe, lesson.name, lesson.word)
     ids = word.token_ids([t.format(word.token) for t in lesson.templates])
@@ -131,22 +132,23 @@ def perfusion(
     edit = Edit(class_state.clone(), inverse, outputs, config.beta, config.tau)
     adapter = Perfused(f"a {word.token}", WordEmbedding(word.token, word.embedding), edit, class_state, config)
     trained = [*learned.values(), word.embedding]
-    for step in range(1, config.steps + 1):
-        draw = lesson.draw(config.batch, generator)
-        rows = ids[draw.captions]
-        states = word.states(rows)
-        now = states[rows == word.id].mean(0).float()
-        mean = now.detach() if step == 1 else config.decay * edit.direction + (1 - config.decay) * now.detach()
-        edit.direction = mean + now - now.detach()  # forward the running mean, backward the batch's own state
-        with edit.on(unet):
-            kwargs = {**draw.kwargs, "encoder_hidden_states": states}
-            prediction = unet(draw.noisy, draw.timesteps, **kwargs).sample
-        loss = (draw.mask.float() * (prediction.float() - draw.target.float()).square()).mean()
-        for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        edit.direction = mean
-        yield MethodState(step, config.steps, float(loss.detach()), adapter)
+    with frozen(unet):
+        for step in range(1, config.steps + 1):
+            draw = lesson.draw(config.batch, generator)
+            rows = ids[draw.captions]
+            states = word.states(rows)
+            now = states[rows == word.id].mean(0).float()
+            mean = now.detach() if step == 1 else config.decay * edit.direction + (1 - config.decay) * now.detach()
+            edit.direction = mean + now - now.detach()  # forward the running mean, backward the batch's own state
+            with edit.on(unet):
+                kwargs = {**draw.kwargs, "encoder_hidden_states": states}
+                prediction = unet(draw.noisy, draw.timesteps, **kwargs).sample
+            loss = (draw.mask.float() * (prediction.float() - draw.target.float()).square()).mean()
+            for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            edit.direction = mean
+            yield MethodState(step, config.steps, float(loss.detach()), adapter)
 
 
 @torch.no_grad()

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from infusion.lesson import Lesson
 from infusion.methods.dreambooth import denoising_loss
-from infusion.methods.interface import MethodState, rebuilt
+from infusion.methods.interface import MethodState, check_precision, rebuilt
 from infusion.methods.tokens import NewWord
-from infusion.streams import require_unet
+from infusion.streams import frozen, require_unet
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,17 @@ def textual_inversion(
 ) -> Iterator[MethodState]:
     """Learn the embedding of `<name>`, yielding after every step."""
     config = config or TextualInversionConfig()
+    check_precision(pipe)
     word = NewWord(pipe, lesson.name, lesson.word)
     ids = word.token_ids([t.format(word.token) for t in lesson.templates])
     unet = require_unet(pipe)
     optimizer = torch.optim.AdamW([word.embedding], config.learning_rate, weight_decay=1e-2)
     generator = torch.Generator().manual_seed(config.seed)
     adapter = WordEmbedding(word.token, word.embedding)
-    for step in range(1, config.steps + 1):
-        draw = lesson.draw(config.batch, generator)
-        loss = denoising_loss(unet, draw, word.states(ids[draw.captions]))
-        word.embedding.grad = torch.autograd.grad(loss, word.embedding)[0]  # the base's own weights get none
-        optimizer.step()
-        yield MethodState(step, config.steps, float(loss.detach()), adapter)
+    with frozen(unet):
+        for step in range(1, config.steps + 1):
+            draw = lesson.draw(config.batch, generator)
+            loss = denoising_loss(unet, draw, word.states(ids[draw.captions]))
+            word.embedding.grad = torch.autograd.grad(loss, word.embedding)[0]  # the text encoder's weights get none
+            optimizer.step()
+            yield MethodState(step, config.steps, float(loss.detach()), adapter)

@@ -75,9 +75,10 @@ def predicted_noise(
         per_t = []
         for t in timesteps:
             generator = torch.Generator().manual_seed(hash_seed(seed, place, t))
-            noise = torch.randn(clean.shape, generator=generator).to(clean)
-            a = alphas_cumprod[t].to(clean)
-            parts = (a.sqrt() * clean + (1 - a).sqrt() * noise).split(batch)
+            wide = clean.to(torch.promote_types(clean.dtype, torch.float32))  # half types round small noise levels away
+            noise = torch.randn(clean.shape, generator=generator).to(wide)
+            a = alphas_cumprod[t].to(wide)
+            parts = (a.sqrt() * wide + (1 - a).sqrt() * noise).to(clean.dtype).split(batch)
             rows = (torch.full((len(part),), t, device=part.device) for part in parts)
             eps = [to_eps(model(x, r, prompt), x, a, prediction_type) for x, r in zip(parts, rows, strict=True)]
             per_t.append(torch.cat(eps).cpu())

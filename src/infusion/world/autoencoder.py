@@ -109,7 +109,7 @@ def save_encoded(folder: Path, model: AutoencoderKL, latents: torch.Tensor) -> N
 
 def load_encoded(folder: Path) -> tuple[AutoencoderKL, torch.Tensor]:
     """What `save_encoded` kept. Raises FileNotFoundError where nothing was."""
-    state = torch.load(folder / ENCODED, weights_only=True)
+    state = torch.load(folder / ENCODED, map_location="cpu", weights_only=True)
     model = build_autoencoder()
     model.load_state_dict(state["autoencoder"])
     return model.eval(), state["latents"]

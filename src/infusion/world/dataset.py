@@ -6,7 +6,6 @@ any order, and extended later.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infusion.cores import usable_cores
 from infusion.world.captions import Caption, caption
 from infusion.world.scenes import SIDE, Scene, held_out, random_scene, render
 from infusion.world.tokenizer import MAX_LENGTH, build_tokenizer, span_positions
@@ -70,7 +70,7 @@ def build_dataset(folder: Path, count: int, seed: int = 0, workers: int | None =
         for name, (dtype, shape) in _LAYOUT.items()
     }
     starts = range(0, count, _CHUNK)
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+    with ProcessPoolExecutor(workers or usable_cores()) as pool:
         for start, chunk in zip(
             starts,
             pool.map(_draw_chunk, *zip(*((seed, s, min(_CHUNK, count - s)) for s in starts), strict=True)),

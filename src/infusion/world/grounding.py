@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
 from infusion.attention import attention_maps, split_heads, word_heat
@@ -54,7 +54,8 @@ class ExplicitProcessor:
 @contextmanager
 def recorded_maps(unet: UNet2DConditionModel, sides: tuple[int, ...] = SIDES) -> Iterator[list[Tensor]]:
     """Within it, every call of `unet` appends the maps of its cross-attention layers of the given
-    resolutions to the list, in order of execution; the caller empties it. Processors come back after."""
+    resolutions to the list, in order of execution; the caller empties it. Processors come back after. Of the other layers' attention a CPU
+    computes the maps too, which is faster there."""
     records: list[Tensor] = []
     processors = dict(unet.attn_processors)
     latent_side = unet.config["sample_size"]
@@ -62,7 +63,8 @@ def recorded_maps(unet: UNet2DConditionModel, sides: tuple[int, ...] = SIDES) ->
     def recorded(name: str) -> bool:
         return ".attn2." in name and latent_side // _downsampling(name, unet) in sides
 
-    unet.set_attn_processor({n: ExplicitProcessor(records if recorded(n) else None) for n in processors})
+    plain = ExplicitProcessor() if unet.device.type == "cpu" else AttnProcessor2_0()
+    unet.set_attn_processor({n: ExplicitProcessor(records) if recorded(n) else plain for n in processors})
     try:
         yield records
     finally:

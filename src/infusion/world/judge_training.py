@@ -110,7 +110,9 @@ def train_judge(
     network.to(device, memory_format=torch.channels_last).train()
     if autoencoder is not None:
         autoencoder.to(device)
-    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.02)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.02, fused=True
+    )
     run = Run(network, optimizer, config.schedule, folder / "judge.pt")
     while run.unfinished:
         rng = np.random.default_rng((config.seed, run.step))

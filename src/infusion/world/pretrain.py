@@ -3,7 +3,8 @@
 Four stages, each resumed where it stopped: draw the training set, train the autoencoder, encode the
 set once, train text encoder and UNet together. `--minutes` ends the last stage by the clock, with
 the learning rate brought to zero by then. `--from-weights` goes on from the shipped weights alone
-(fresh optimizer, warm-up) in a new folder. Where a judge is shipped it picks the best checkpoint.
+(fresh optimizer, warm-up) in a new folder. Where a judge is shipped it picks the best checkpoint. A GPU wants larger
+batches (`--batch 256`) and more scenes; neither was tried on one.
 `infusion.world.release` ships the result.
 """
 
@@ -11,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -208,14 +210,11 @@ def train_base(
     best = best_score(folder) if run.step else float("-inf")
     alphas = build_scheduler().alphas_cumprod.to(device)
     table = meanings(build_tokenizer()).to(device)
-    with recorded_maps(unet) as records:
+    with recorded_maps(unet) as records, ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(_drawn, latents, data, config, run.step, len(alphas))
         while run.unfinished:
-            rng = np.random.default_rng((config.seed, run.step))
-            rows = _epoch_rows(len(latents), config, run.step)
-            batch = sample_batch(latents, data, rows, rng, config.caption_dropout)
-            timesteps = draw_timesteps(rng, len(rows), len(alphas))
-            generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-            noise = torch.randn(batch.latents.shape, generator=generator)
+            batch, timesteps, noise = coming.result()
+            coming = ahead.submit(_drawn, latents, data, config, run.step + 1, len(alphas))
             with accelerator.autocast():
                 terms = batch_terms(text_encoder, unet, head, records, batch, timesteps, noise, alphas, table, config)
             records.clear()
@@ -230,10 +229,22 @@ def train_base(
                     if judges and (score := inspect()) > best:
                         best = score
                         save_best(folder, text_encoder, unet, score, run.step)
-            losses = [float(loss.detach()) for loss in terms]
+            losses = torch.stack([loss.detach() for loss in terms]).tolist()  # waits for the device once
             yield Progress(run.step, run.step * config.batch, run.seconds, *losses, rate, measured, score)
     run.finish()
     head.remove()
+
+
+def _drawn(
+    latents: Tensor, data: Dataset, config: PretrainConfig, step: int, timesteps: int
+) -> tuple[Batch, Tensor, Tensor]:
+    """Batch `step` with its timesteps and noise, the same whenever it is drawn."""
+    rng = np.random.default_rng((config.seed, step))
+    rows = _epoch_rows(len(latents), config, step)
+    batch = sample_batch(latents, data, rows, rng, config.caption_dropout)
+    drawn = draw_timesteps(rng, len(rows), timesteps)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    return batch, drawn, torch.randn(batch.latents.shape, generator=generator)
 
 
 @contextmanager
@@ -251,8 +262,12 @@ def _epoch_rows(count: int, config: PretrainConfig, step: int) -> np.ndarray:
     """Rows of batch `step`: every epoch is a fresh permutation of all scenes."""
     per_epoch = count // config.batch
     epoch, index = divmod(step, per_epoch)
-    order = np.random.default_rng((config.seed, 7, epoch)).permutation(count)
-    return order[index * config.batch : (index + 1) * config.batch]
+    return _order(config.seed, epoch, count)[index * config.batch : (index + 1) * config.batch]
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, 7, epoch)).permutation(count)
 
 
 def prepare(folder: Path, config: PretrainConfig, accelerator: Accelerator) -> tuple[AutoencoderKL, Tensor, Dataset]:

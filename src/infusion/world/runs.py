@@ -23,6 +23,8 @@ from accelerate.utils import is_bf16_available
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from infusion.errors import InfusionError
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -121,17 +123,27 @@ class Run:
 
 def build_accelerator() -> Accelerator:
     """Accelerate's device, with networks in bf16 where the device multiplies in it. A CPU that must emulate it is eighty times slower
-    so than in fp32 (docs/log.md)."""
+    so than in fp32 (docs/log.md). Raises InfusionError for several processes: each would train the same, into the same files."""
+    state = PartialState()
+    if state.num_processes > 1:
+        raise InfusionError(
+            f"This training uses one device and was started {state.num_processes} times; start it with python -m, without a launcher."
+        )
     native = is_bf16_available()
-    if PartialState().device.type == "cpu":
+    if state.device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    if state.device.type == "cpu":
         native = any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
     return Accelerator(mixed_precision="bf16" if native else "no")
 
 
 def hardware(accelerator: Accelerator) -> str:
     """What a training runs on, for logs and model cards."""
-    on_cpu = accelerator.device.type == "cpu"
-    device = f"{torch.get_num_threads()} CPU thread(s)" if on_cpu else torch.cuda.get_device_name()
+    device = str(accelerator.device)
+    if accelerator.device.type == "cpu":
+        device = f"{torch.get_num_threads()} CPU thread(s)"
+    if accelerator.device.type == "cuda":
+        device = torch.cuda.get_device_name()
     precision = "bf16 autocast" if accelerator.mixed_precision == "bf16" else "fp32"
     return f"{platform.machine()}, {device}, {precision}, torch {torch.__version__}"
 

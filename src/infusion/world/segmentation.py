@@ -80,6 +80,5 @@ def attribute_loss(logits: tuple[Tensor, ...], targets: Tensor) -> Tensor:
 
 def segmentation_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy over the pixels that count; zero where none does."""
-    if not bool((targets != IGNORED).any()):
-        return logits.sum() * 0
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED)
+    counted = (targets != IGNORED).sum().clamp_min(1)
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum") / counted

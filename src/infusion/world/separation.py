@@ -50,12 +50,12 @@ def separation_loss(states: Tensor, ids: Tensor, table: Tensor) -> Tensor:
     """Mean over kinds of the mean of max(0, cosine)^2 over all pairs of words in the batch that are of that kind and
     differ in meaning. states (b, m, d); ids (b, m); table from `meanings`."""
     kind, meaning = table[ids].flatten(0, 1).unbind(-1)
-    total, counted = states.new_zeros((), dtype=torch.float32), 0
+    total = counted = states.new_zeros((), dtype=torch.float32)
     for k in range(len(KINDS)):
         here = kind == k
         unit = F.normalize(states.flatten(0, 1)[here].float(), dim=-1)
         differs = meaning[here][:, None] != meaning[here][None]
-        if bool(differs.any()):
-            total = total + (unit @ unit.T)[differs].clamp_min(0).square().mean()
-            counted += 1
-    return total / max(1, counted)
+        pairs = differs.sum()
+        total = total + ((unit @ unit.T).clamp_min(0).square() * differs).sum() / pairs.clamp_min(1)
+        counted = counted + (pairs > 0)
+    return total / counted.clamp_min(1)

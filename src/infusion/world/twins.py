@@ -6,7 +6,6 @@ then; its truth is kept per subject.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from infusion.cores import usable_cores
 from infusion.world.judge import GRID
 from infusion.world.scenes import SIDE, Rendered, Scene, random_scene, render, with_subject
 from infusion.world.subjects import Subject, random_subject
@@ -91,7 +91,7 @@ def build_families(
         for name, (dtype, shape) in _LAYOUT.items()
     }
     starts = range(0, count, _CHUNK)
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+    with ProcessPoolExecutor(workers or usable_cores()) as pool:
         chunks = pool.map(_draw, *zip(*((seed, s, min(_CHUNK, count - s), strict) for s in starts), strict=True))
         for start, chunk in zip(starts, chunks, strict=True):
             for name, values in chunk.items():
