@@ -195,12 +195,14 @@ def encode_pictures(pipe: DiffusionPipeline, pictures: Sequence[Image.Image]) ->
     vae, dtype, device = pipe.vae, pipe.vae.dtype, execution_device(pipe)
     x = to_tensor(pictures)
     batch = max(1, min(8, 8 * 512**2 // x[0, 0].numel()))  # the memory grows with the pictures' area
+    upcast = dtype == torch.float16 and vae.config.force_upcast  # SDXL's overflows in fp16
     try:
-        if dtype == torch.float16 and vae.config.force_upcast:  # SDXL's overflows in fp16
+        if upcast:
             vae.to(torch.float32)
         parts = [vae.encode(part.to(device, vae.dtype)).latent_dist.mode() for part in x.split(batch)]
     finally:
-        vae.to(dtype)
+        if upcast:
+            vae.to(dtype)
     return (torch.cat(parts) * vae.config.scaling_factor).to(device, require_unet(pipe).dtype)
 
 
