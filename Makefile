@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PARALLEL := -n auto --maxprocesses 4
 
 # glibc returns and fetches memory pages anew at every step unless told not to; costs CPU training up to a fifth.
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
@@ -14,10 +15,10 @@ demo: setup
 	$(BIN)/infusion demo -o outputs/demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: setup
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 
 check: setup
 	$(BIN)/ruff check src tests benchmarks examples
