@@ -326,6 +326,7 @@ def test_perfect_maps_have_no_loss_left_and_read_right(data):
     readings = Judge(Oracle(), {"kind": 0.9}).read(torch.from_numpy(np.array(data.pixels)))
     for b, reading in enumerate(readings):
         assert reading.background == list(SCENE_HEADS["background"])[told.scene[b, 0]]
+        assert all((s.color1 is None) == (reading.style in ("sketch", "sepia")) for s in reading.subjects)
         kinds = sorted(CLASSES[k] for k in told.subject[b, :, 0].tolist() if k != NONE)
         close = told.centre[b][~told.centre[b].isnan().any(-1)]
         if len(close) < 2 or float(torch.pdist(close).min()) > 3:  # nearer ones share a peak

@@ -171,11 +171,14 @@ class Judge:
         return cls(network, thresholds)
 
     def _reading(self, maps: Maps, b: int) -> Reading:
+        scene = {name: self._name(name, SCENE_HEADS[name], maps.scene[name][b]) for name in SCENE_HEADS}
+        hidden = () if scene["style"] in (None, *COLORED) else ("color1", "color2")  # a sketch shows none
         subjects = []
         for y, x, height in peaks(maps.heat[b]):
             believed = beliefs(maps, torch.tensor([b]), torch.tensor([y]), torch.tensor([x]))
             named = {
-                name: self._name(name, SUBJECT_HEADS[name], maps.subject[name][b, :, y, x]) for name in SUBJECT_HEADS
+                name: None if name in hidden else self._name(name, SUBJECT_HEADS[name], maps.subject[name][b, :, y, x])
+                for name in SUBJECT_HEADS
             }
             cx, cy = centre(maps.heat[b], y, x)
             subjects.append(
@@ -188,7 +191,6 @@ class Judge:
                     beliefs={name: p[0].cpu() for name, p in believed.items()},
                 )
             )
-        scene = {name: self._name(name, SCENE_HEADS[name], maps.scene[name][b]) for name in SCENE_HEADS}
         return Reading(**scene, subjects=tuple(subjects))
 
     def _name(self, head: str, names: Sequence[str], logits: Tensor) -> str | None:
