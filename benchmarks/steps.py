@@ -1,7 +1,8 @@
 """Seconds of a training step and of a picture, side by side in one run: python benchmarks/steps.py
 
 Infusion (two streams, single stream) beside a plain LoRA step (peft, rank 4 on the attention projections) and a
-full fine-tune step; a picture with a concept beside the base model's own. Rounds are interleaved and the median
+full fine-tune step; a picture with a concept beside the base model's own; several concepts learned and drawn one after
+another beside all in one call. Rounds are interleaved and the median
 counts, so that a slow minute of the machine hits all alike. Prints a table and writes JSON with --out.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import platform
 import statistics
@@ -21,7 +23,7 @@ from peft import LoraConfig
 
 import infusion
 from infusion.generation import generate
-from infusion.lesson import prepare_lesson
+from infusion.lesson import joined, prepare_lesson
 from infusion.photos import load_photos
 from infusion.streams import Streams, value_lengths
 from infusion.training import masked_loss, predict
@@ -99,6 +101,43 @@ def pictures(pipe, concept, count: int, steps: int) -> dict[str, Callable[[], No
     }
 
 
+def side_by_side(pipe, lessons, concepts, batch: int, sampling_steps: int) -> dict[str, Callable[[], None]]:
+    """A training step of `batch` samples for every lesson, and a picture of every concept: one after another, and in one call."""
+
+    def learn_step(some) -> Callable[[], None]:
+        residuals = {
+            lesson.name: {p: torch.zeros(n, requires_grad=True) for p, n in value_lengths(pipe.unet).items()}
+            for lesson in some
+        }
+        optimizer = torch.optim.AdamW([r for own in residuals.values() for r in own.values()], 0.02)
+        generator = torch.Generator().manual_seed(0)
+
+        def step() -> None:
+            streams = Streams(pipe.unet)
+            streams.residuals = residuals
+            draws = [lesson.draw(batch, generator) for lesson in some]
+            predictions = predict(streams, joined(draws)).split(batch)
+            sum(masked_loss(p, d) for p, d in zip(predictions, draws, strict=True)).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            streams.remove()
+
+        return step
+
+    def draw(some) -> None:
+        with infusion.attach(pipe, *concepts):
+            prompts = [f"a photo of <{concept.name}> on the beach" for concept in some]
+            generate(pipe, prompts, list(range(len(some))), steps=sampling_steps)
+
+    alone = [learn_step([lesson]) for lesson in lessons]
+    return {
+        "learning, one after another": lambda: [step() for step in alone],
+        "learning, side by side": learn_step(lessons),
+        "drawing, one after another": lambda: [draw([concept]) for concept in concepts],
+        "drawing, in one batch": lambda: draw(concepts),
+    }
+
+
 def medians(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     """Median seconds of each, rounds interleaved, after one round to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -111,7 +150,14 @@ def medians(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, floa
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def main(rounds: int = 15, batch: int = 8, count: int = 8, sampling_steps: int = 10, out: Path | None = None) -> dict:
+def main(
+    rounds: int = 15,
+    batch: int = 8,
+    count: int = 8,
+    sampling_steps: int = 10,
+    concepts: int = 4,
+    out: Path | None = None,
+) -> dict:
     """Measure, print, and write JSON if `out` is given."""
     pipe = infusion.load_base(device="cpu")
     photos = [_picture(scene) for scene in few_modalities(SUBJECT, 4, 1, "meadow")]
@@ -120,6 +166,10 @@ def main(rounds: int = 15, batch: int = 8, count: int = 8, sampling_steps: int =
     training = medians({name: build() for name, build in training_steps(pipe, lesson, batch).items()}, rounds)
     pipe.unet.requires_grad_(False)
     sampling = medians(pictures(pipe, concept, count, sampling_steps), max(1, rounds // 3))
+    names = [f"milo{i}" for i in range(concepts)]
+    lessons = [prepare_lesson(pipe, load_photos(photos), "dog", name) for name in names]
+    named = [dataclasses.replace(concept, name=name) for name in names]
+    together = medians(side_by_side(pipe, lessons, named, batch, sampling_steps), max(1, rounds // 3))
     result = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32",
         "training": {
@@ -133,6 +183,7 @@ def main(rounds: int = 15, batch: int = 8, count: int = 8, sampling_steps: int =
             "seconds_per_picture": {k: v / count for k, v in sampling.items()},
             "ratio_to_base": _ratios(sampling, "base model"),
         },
+        "side_by_side": {"concepts": concepts, "batch": batch, "steps": sampling_steps, "seconds": together},
     }
     for title, seconds, ratios in (
         (f"one training step of {batch}", training, result["training"]["ratio_to_lora"]),
@@ -141,6 +192,9 @@ def main(rounds: int = 15, batch: int = 8, count: int = 8, sampling_steps: int =
         print(f"\n{title:32}   seconds   ratio")
         for name, value in seconds.items():
             print(f"{name:32}   {value:7.3f}   {ratios[name]:5.2f}")
+    print(f"\n{concepts} concepts: a training step of {batch} each, a picture of {sampling_steps} steps each")
+    for name, value in together.items():
+        print(f"{name:32}   {value:7.3f}")
     if out:
         out.write_text(json.dumps(result, indent=1) + "\n")
     return result
@@ -160,6 +214,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--concepts", type=int, default=4, help="how many are learned and drawn side by side")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    main(options.rounds, options.batch, out=options.out)
+    main(options.rounds, options.batch, concepts=options.concepts, out=options.out)

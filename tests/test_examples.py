@@ -42,8 +42,19 @@ def test_composing(tmp_path):
     assert script("examples/composing").main(*paths, out=tmp_path, steps=2).exists()
 
 
+def test_side_by_side(tmp_path):
+    photos = draw_photos(MILO, tmp_path / "photos", count=2)
+    subjects = [("milo", "dog", photos), ("rex", "cat", photos)]
+    pictures = script("examples/side_by_side").main(subjects, tmp_path, steps=2)
+    assert [p.name for p in pictures] == ["milo.png", "rex.png"]
+    assert all(p.exists() for p in pictures)
+    assert infusion.Concept.load(tmp_path / "rex.safetensors").word == "cat"
+
+
 def test_step_benchmark(tmp_path):
-    result = script("benchmarks/steps").main(rounds=1, batch=1, count=1, sampling_steps=1, out=tmp_path / "steps.json")
+    result = script("benchmarks/steps").main(
+        rounds=1, batch=1, count=1, sampling_steps=1, concepts=2, out=tmp_path / "steps.json"
+    )
     assert set(result["training"]["seconds_per_step"]) >= {
         "Infusion, two streams",
         "LoRA (peft, rank 4)",

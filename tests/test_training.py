@@ -19,7 +19,7 @@ from infusion.lesson import TEMPLATES, attention_masks, prepare_lesson
 from infusion.photos import Photo, load_photos
 from infusion.pipelines import base_info
 from infusion.streams import cross_attention_layers
-from infusion.training import LearnConfig, learning, masked_loss
+from infusion.training import LearnConfig, learning, learning_together, masked_loss
 from tests.conftest import latents
 
 
@@ -65,6 +65,41 @@ def test_what_a_file_tells_of_its_training(pipe, photos, tmp_path):
     for word, name in (("cat", "milo"), ("dog", "rex")):
         with pytest.raises(InfusionError, match="The lesson is of <milo>, a 'dog'"):
             infusion.learn(pipe, lesson, word, name)
+
+
+@pytest.mark.parametrize("two_streams", [True, False])
+def test_concepts_learned_side_by_side_are_those_learned_alone(pipe, photos, two_streams):
+    config = LearnConfig(steps=4, batch=3, scheme="fp32", two_streams=two_streams, layers=("up_blocks", "mid"))
+    lessons = [
+        prepare_lesson(pipe, load_photos(photos), "dog", "milo"),
+        prepare_lesson(pipe, load_photos(photos[:1]), "teddy bear", "bruno", templates=("a {} here",), flip=False),
+        prepare_lesson(pipe, load_photos(photos[1:]), "dog", "rex", masked=False),
+    ]
+    for state in learning_together(pipe, lessons, config):
+        together = state
+    for lesson, beside in zip(lessons, together, strict=True):
+        *_, alone = learning(pipe, lesson, lesson.word, lesson.name, config)
+        assert beside.loss == pytest.approx(alone.loss, rel=1e-5)
+        assert {**vars(beside.concept), "residuals": None} == {**vars(alone.concept), "residuals": None}
+        assert list(beside.concept.residuals) == list(alone.concept.residuals)
+        for path, residual in alone.concept.residuals.items():
+            assert residual.abs().max() > 0.01
+            torch.testing.assert_close(beside.concept.residuals[path], residual, rtol=1e-3, atol=1e-5)
+    assert not pipe.unet._forward_pre_hooks
+
+
+def test_lessons_side_by_side_that_cannot_be(pipe, photos):
+    lessons = [prepare_lesson(pipe, load_photos(photos), "dog", name) for name in ("milo", "rex")]
+    for wrong, said in (
+        ([], "of nothing"),
+        ([lessons[0]] * 2, "of <milo>, <milo>; give one at least, each of another"),
+    ):
+        with pytest.raises(InfusionError, match=said):
+            next(learning_together(pipe, wrong))
+    broken = dataclasses.replace(lessons[1], latents=lessons[1].latents * float("nan"))
+    with pytest.raises(InfusionError, match="loss of <rex> is nan at step 1"):
+        next(learning_together(pipe, [lessons[0], broken]))
+    assert not pipe.unet._forward_pre_hooks
 
 
 def test_gradient_checkpointing_learns_the_same(pipe, photos):
@@ -155,7 +190,7 @@ def test_half_precision_learns_what_fp32_learns(pipe, photos, dtype):
 
 def test_a_loss_that_is_not_finite_stops_with_a_remedy(pipe, photos):
     pipe.unet.conv_out.weight.data.fill_(float("nan"))
-    with pytest.raises(InfusionError, match="loss is nan at step 1; learn in fp32"):
+    with pytest.raises(InfusionError, match="loss of <milo> is nan at step 1; learn in fp32"):
         infusion.learn(pipe, photos, "dog", "milo", LearnConfig(steps=2, batch=2))
     assert not any(m._forward_hooks for m in pipe.unet.modules())
 

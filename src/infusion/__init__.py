@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from infusion.concept import Concept
     from infusion.errors import InfusionError, InfusionWarning
     from infusion.pipelines import Attachment, attach, encode
-    from infusion.training import LearnConfig, LearnState, learn, learning
+    from infusion.training import LearnConfig, LearnState, learn, learning, learning_together
 
 __all__ = [
     "Attachment",
@@ -30,6 +30,7 @@ __all__ = [
     "encode",
     "learn",
     "learning",
+    "learning_together",
     "load_base",
 ]
 
@@ -46,6 +47,7 @@ _HOME = {
     "LearnState": "training",
     "learn": "training",
     "learning": "training",
+    "learning_together": "training",
 }
 
 

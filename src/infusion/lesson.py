@@ -60,6 +60,24 @@ class Draw:
     kwargs: dict[str, Any]
 
 
+def joined(draws: Sequence[Draw]) -> Draw:
+    """Batches of several lessons as one, rows in their order; `captions` stay those of each lesson."""
+    first, *others = draws
+    if not others:
+        return first
+
+    def rows(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {key: rows([v[key] for v in values]) for key in values[0]}
+        return torch.cat(list(values))
+
+    fields = ("noisy", "target", "timesteps", "mask", "captions", "kwargs")
+    return Draw(
+        plan=Plan(tuple(row for d in draws for row in d.plan.rows), rows([d.plan.states for d in draws])),
+        **{field: rows([getattr(d, field) for d in draws]) for field in fields},
+    )
+
+
 @dataclass(frozen=True)
 class Lesson:
     """Photos of one subject as a diffusion model's training data.

@@ -10,7 +10,9 @@ attention outputs and the word's heat; the customized stream replays them and le
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,9 +21,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from infusion.concept import Concept
+from infusion.concept import BaseInfo, Concept
 from infusion.errors import InfusionError
-from infusion.lesson import Draw, Lesson, prepare_lesson
+from infusion.lesson import Draw, Lesson, joined, prepare_lesson
 from infusion.packing import SCHEMES
 from infusion.photos import Photo, load_photos
 from infusion.pipelines import base_info
@@ -76,7 +78,7 @@ def learning(
     word: str,
     name: str,
     config: LearnConfig | None = None,
-) -> Iterator[LearnState]:
+) -> Generator[LearnState]:
     """Learn a concept step by step; every step yields its `LearnState`.
 
     photos: a folder, pictures, or a prepared `Lesson`, which has its own say on `flip` and `masked`. word: the class word, as the base knows it.
@@ -84,51 +86,68 @@ def learning(
     also when the caller stops early.
     """
     config = config or LearnConfig()
-    unet, device = require_unet(pipe), execution_device(pipe)
     Concept(name, word, {})  # names are checked before any work
     lesson = (
         photos
         if isinstance(photos, Lesson)
         else prepare_lesson(pipe, load_photos(photos), word, name, flip=config.flip, masked=config.masked)
     )
-    residuals = {
-        path: torch.zeros(length, device=device, requires_grad=True)
-        for path, length in value_lengths(unet).items()
-        if not config.layers or any(part in path for part in config.layers)
-    }
     if (lesson.word, lesson.name) != (word, name):
         raise InfusionError(
             f"The lesson is of <{lesson.name}>, a {lesson.word!r}; prepare one of <{name}>, a {word!r}, or learn by its own names."
         )
-    if not residuals:
+    with closing(learning_together(pipe, [lesson], config)) as states:
+        for (state,) in states:
+            yield state
+
+
+def learning_together(
+    pipe: DiffusionPipeline, lessons: Sequence[Lesson], config: LearnConfig | None = None
+) -> Generator[tuple[LearnState, ...]]:
+    """Learn several concepts side by side, in one UNet call a step; every step yields the state of each, in the lessons' order.
+
+    Every lesson draws `config.batch` samples a step from a generator of its own, so each concept is the one that `learning` would give
+    alone, but for rounding: the base is frozen, and rows do not see each other. A step holds the activations of all their samples.
+    """
+    config = config or LearnConfig()
+    unet = require_unet(pipe)
+    names = [lesson.name for lesson in lessons]
+    if not names or len(set(names)) < len(names):
         raise InfusionError(
-            f"No cross-attention layer matches {', '.join(config.layers)}; give parts of module paths such as 'up_blocks'."
+            f"The lessons are of {', '.join(f'<{n}>' for n in names) or 'nothing'}; give one at least, each of another name."
         )
+    residuals = {name: _zeros(pipe, config.layers) for name in names}
     base = base_info(pipe)
-    optimizer = torch.optim.AdamW(residuals.values(), config.learning_rate)
-    scaler = torch.amp.GradScaler(device.type, enabled=unet.dtype == torch.float16)  # small gradients vanish in fp16
-    generator = torch.Generator().manual_seed(config.seed)
+    optimizer = torch.optim.AdamW([r for own in residuals.values() for r in own.values()], config.learning_rate)
+    scaler = torch.amp.GradScaler(  # small gradients vanish in fp16
+        execution_device(pipe).type, enabled=unet.dtype == torch.float16
+    )
+    generators = [torch.Generator().manual_seed(config.seed) for _ in lessons]
     streams = Streams(unet)
-    streams.residuals = {name: residuals}
+    streams.residuals = residuals
     streams.two_streams = config.two_streams
     try:
         with frozen(unet):
             for step in range(1, config.steps + 1):
-                draw = lesson.draw(config.batch, generator)
-                loss = masked_loss(predict(streams, draw), draw)
-                if not bool(torch.isfinite(loss)):
-                    raise InfusionError(
-                        f"The loss is {float(loss.detach())} at step {step}; learn in fp32 or bf16, or with a lower learning rate than {config.learning_rate}."
-                    )
-                scaler.scale(loss).backward()
+                draws = [lesson.draw(config.batch, g) for lesson, g in zip(lessons, generators, strict=True)]
+                predictions = predict(streams, joined(draws)).split(config.batch)
+                losses = torch.stack([masked_loss(p, d) for p, d in zip(predictions, draws, strict=True)])
+                values = losses.detach().tolist()
+                for name, value in zip(names, values, strict=True):
+                    if not math.isfinite(value):
+                        raise InfusionError(
+                            f"The loss of <{name}> is {value} at step {step}; learn in fp32 or bf16, or with a lower learning rate than {config.learning_rate}."
+                        )
+                scaler.scale(losses.sum()).backward()
                 scaler.step(optimizer)
                 scaler.update()
                 if scaler.get_scale() < 1:  # it halves whenever a gradient is not finite, and the step is left out
                     raise InfusionError(f"The gradients at step {step} are not finite in fp16; learn in fp32 or bf16.")
                 optimizer.zero_grad(set_to_none=True)
-                settings = {**_plain(config), "steps": step, "flip": lesson.flipped, "masked": lesson.masked}
-                learned = Concept(name, word, _on_cpu(residuals), settings, base)
-                yield LearnState(step, config.steps, float(loss.detach()), learned.on_grid(config.scheme))
+                yield tuple(
+                    LearnState(step, config.steps, value, _concept(lesson, residuals[lesson.name], config, step, base))
+                    for lesson, value in zip(lessons, values, strict=True)
+                )
     finally:
         streams.remove()
 
@@ -164,6 +183,29 @@ def masked_loss(prediction: Tensor, draw: Draw) -> Tensor:
     """Mean over all elements of (m * prediction - m * target)^2, in float32."""
     error = draw.mask.float() * (prediction.float() - draw.target.float())
     return error.square().mean()
+
+
+def _zeros(pipe: DiffusionPipeline, layers: Sequence[str]) -> dict[str, Tensor]:
+    """A residual of zeros for every layer whose path holds one of `layers`, for all where there are none."""
+    device = execution_device(pipe)
+    residuals = {
+        path: torch.zeros(length, device=device, requires_grad=True)
+        for path, length in value_lengths(require_unet(pipe)).items()
+        if not layers or any(part in path for part in layers)
+    }
+    if not residuals:
+        raise InfusionError(
+            f"No cross-attention layer matches {', '.join(layers)}; give parts of module paths such as 'up_blocks'."
+        )
+    return residuals
+
+
+def _concept(
+    lesson: Lesson, residuals: Mapping[str, Tensor], config: LearnConfig, step: int, base: BaseInfo
+) -> Concept:
+    """What is learned by now, on its file's grid."""
+    settings = {**_plain(config), "steps": step, "flip": lesson.flipped, "masked": lesson.masked}
+    return Concept(lesson.name, lesson.word, _on_cpu(residuals), settings, base).on_grid(config.scheme)
 
 
 def _on_cpu(residuals: Mapping[str, Tensor]) -> dict[str, Tensor]:
