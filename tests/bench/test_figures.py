@@ -1,23 +1,11 @@
-"""Figures against counts by hand; tables hold what the figures say."""
+"""Figures against counts by hand."""
 
 from __future__ import annotations
 
-import base64
-import io
-
 import pytest
-from PIL import Image
 
 from infusion.bench.figures import beside, coverage, curves, leak, matched, point_figures, pooled, share
-from infusion.bench.tables import write_benchmark
-from infusion.errors import InfusionError
-from tests.bench.records import FLOOR, record
-
-LEAKY = record(
-    "dreambooth",
-    [{"background": "beach", "position": "center", "color2": None}, {"background": "beach", "style": "photo", "pattern": "plain"}],
-    forgetting=0.02, to_nearest_photo=0.1,
-)  # fmt: skip
+from tests.bench.records import FLOOR, LEAKY, record
 
 
 def test_shares_count_what_is_asked_and_untold_is_wrong():
@@ -82,20 +70,6 @@ def test_jobs_of_one_subject_count_as_one():
     assert (estimate.value, estimate.n) == (0.5, 1)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"base": "other"}, "more than one base"),
-        ({"judge": "other"}, "more than one judge"),
-        ({"job": {**LEAKY["job"], "settings": {"learning_rate": 1.0}}}, "'dreambooth' are of more than one setting"),
-    ],
-)
-def test_mixtures_are_refused(tmp_path, change, message):
-    first = {**LEAKY, "judge": "abc"}
-    with pytest.raises(InfusionError, match=message):
-        write_benchmark([FLOOR, first, {**first, **change}], tmp_path, pictures=False)
-
-
 def test_methods_are_compared_on_what_they_share():
     floor = record("class-word", [{"background": "beach"}, {}], subject=1, samples=0, step=0)
     other = record("dreambooth", [{"background": "beach"}, {}], subject=1)
@@ -117,42 +91,3 @@ def test_an_overfitted_method_is_compared_where_it_was_as_faithful():
     assert matched(found, "infusion") == {"class-word": 0, "dreambooth": 40, "lora": 80}
     assert beside(found, "infusion", {"dreambooth": 40})["dreambooth"]["fidelity"].value == 0
     assert beside(found, "infusion")["dreambooth"]["fidelity"].value == pytest.approx(-0.5)
-
-
-def test_strengths_are_rows_of_their_own(tmp_path):
-    both = record("infusion", [{}, {}])
-    weaker = both["points"][0] | {"strength": 0.5, "strip": None, "forgetting": 0.25}
-    both["points"] = [both["points"][0] | {"strength": 1.0}, weaker]
-    found = curves([FLOOR, both])
-    assert [*found] == ["class-word", "infusion", "infusion at 0.5"]
-    assert pooled(found["infusion at 0.5"][80], "forgetting").value == 0.25
-    text = write_benchmark([FLOOR, both], tmp_path, pictures=False).read_text()
-    assert "## infusion at 0.5 beside the others" in text
-    assert "| infusion at 0.5 | 80 |" in text
-
-
-def test_the_page(tmp_path):
-    picture = Image.new("RGB", (16, 8), "red")
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG")
-    strip = base64.b64encode(buffer.getvalue()).decode()
-    early = record("lora", [{}, {"background": "city", "style": "sketch"}], samples=40)
-    early["points"] += LEAKY["points"]
-    records = [FLOOR, LEAKY, early, record("infusion", [{}, {"background": "city", "style": "sketch"}], strip=strip)]
-    path = write_benchmark(records, tmp_path, "trial-run", "## What we claim\n")
-    text = path.read_text()
-    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
-    assert "| infusion | 80 |" in text
-    assert text.startswith("# Trial run\n")
-    assert text.index("## What we claim") < text.index("## At the last point")
-    assert "4 jobs on 1 subjects" in text
-    assert "| lora, 40 samples | +0.0 |" in text
-    assert "100.0 | 0.8 |" in next(line for line in text.splitlines() if line.startswith("| infusion | 100"))
-    assert "dreambooth" in rows
-    assert (tmp_path / "trial-run.png").stat().st_size > 10_000
-    write_benchmark(records, tmp_path, "tables", pictures=False)
-    assert sorted(p.name for p in tmp_path.glob("tables*")) == ["tables.md"]
-    assert "](" not in (tmp_path / "tables.md").read_text()
-    assert Image.open(tmp_path / "trial-run-000.jpg").width > 90
-    with pytest.raises(InfusionError, match="more than one base"):
-        write_benchmark([FLOOR, {**LEAKY, "base": "def"}], tmp_path)

@@ -1,9 +1,7 @@
-"""docs/benchmark.md from records: tables, trade-off curves, pictures. No figure of a table is typed in; a page's reading is its author's."""
+"""docs/benchmark.md from records. No figure of a table is typed in; a page's reading is its author's."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -11,15 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
-from infusion.bench.figures import Record, beside, counted, curves, key, matched, pooled, row_label
-from infusion.errors import InfusionError
+from infusion.bench.figures import Record, beside, counted, curves, matched, pooled, row_label
+from infusion.bench.plots import plot, sheets
+from infusion.bench.selection import in_order, refuse_mixtures, whole_subjects
 from infusion.methods import METHODS
 from infusion.metrics.estimate import Estimate, rate
-from infusion.sheets import contact_sheet
 
-TEXT_COLUMNS = (
+SHORT = (
+    ("fidelity", "subject fidelity", "%"),
+    ("likeness", "likeness", ""),
+    ("kind", "class", "%"),
+    ("text_beside_base", "text beside the base", "pp"),
+    ("leak_background", "background leak", "pp"),
+    ("leak_position", "position leak", "pp"),
+    ("forgetting", "LFD, other prompts", "e"),
+)
+EVERY = (
     ("fidelity", "subject fidelity", "%"),
     ("fidelity_told", "where told", "%"),
     ("told", "told", "%"),
@@ -52,12 +58,6 @@ BESIDE = (
     ("forgetting", "LFD, other prompts", "e"),
 )
 PARTS = (("color1", "first colour"), ("color2", "second colour"), ("pattern", "pattern"), ("accessory", "accessory"))
-PLOTS = (
-    ("leak_position", "position leak above the base's"),
-    ("forgetting", "latent Fisher divergence, other prompts"),
-    ("text", "text followed"),
-    ("seconds", "seconds to learn"),
-)
 
 
 def write_benchmark(
@@ -66,13 +66,14 @@ def write_benchmark(
     """`name`.md in `docs`, with its plot and contact sheets or, without `pictures`, tables alone; `reading` is what its author
     makes of it, in Markdown. Returns the page's path."""
     docs.mkdir(parents=True, exist_ok=True)
-    _refuse_mixtures(records)
-    found, shown = curves(records), None
+    refuse_mixtures(records)
+    kept = in_order(whole_subjects(records))
+    found, shown = curves(kept), None
     if pictures:
         plot(found, docs / f"{name}.png")
-        shown = sheets(records, docs, name)
+        shown = sheets(kept, docs, name)
     path = docs / f"{name}.md"
-    path.write_text(page(records, found, shown, name, reading))
+    path.write_text(page(kept, found, shown, name, reading, len(records) - len(kept)))
     return path
 
 
@@ -82,15 +83,18 @@ def page(
     pictures: Sequence[tuple[str, str]] | None,
     name: str = "benchmark",
     reading: str = "",
+    left_out: int = 0,
 ) -> str:
-    """The page in Markdown. pictures: contact sheets, (what it shows, file name), beside the plot `name`.png; None for tables alone."""
+    """The page in Markdown. pictures: contact sheets, (what it shows, file name), beside the plot `name`.png; None for tables alone.
+    left_out: jobs of subjects that not every method has learned yet."""
     job = records[0]["job"]
     subjects = {(r["job"]["subjects_seed"], r["job"]["subject"]) for r in records}
     hours = sum(r["seconds"] for r in records) / 3600
+    waiting = f"; {left_out} jobs of subjects that not every method has learned yet are left out" if left_out else ""
     lines = [
         f"# {name.replace('-', ' ').capitalize()}",
         "",
-        f"{len(records)} jobs on {len(subjects)} subjects of the world's {job['split']} split, base `{records[0]['base'][:12]}`; {hours:.1f} hours of one worker in all. "
+        f"{len(records)} jobs on {len(subjects)} subjects of the world's {job['split']} split, base `{records[0]['base'][:12]}`; {hours:.1f} hours of one worker in all{waiting}. "
         "Every subject is learned from four photos that show it in one background, style and position; every prompt asks for another background, most for another style or position. "
         "What a picture shows is read by the judge (`docs/world.md`). Same hands made world, judge, base and methods: the figures hold for this world.",
         "",
@@ -99,17 +103,25 @@ def page(
         *([reading.strip(), ""] if reading else []),
         "## At the last point",
         "",
-        *_table(found, TEXT_COLUMNS),
+        *_table(found, SHORT),
         "",
-        'Subject fidelity: mean share of right first colour, second colour, pattern and accessory; what the judge cannot tell is wrong, and does not count where it says "where told"; "told" is how much it tells, of other pictures for every method. Likeness: cosine of the judge\'s embedding to the photos\' subject. '
-        "Leak: how often the photos' background, style or position comes back where another was asked for, above the base's rate on the same prompts and seeds. LFD: latent Fisher divergence, eps form. W2²: how far the pictures lie from the base's of the same prompts and seeds; grows with what is learned, so compare it at equal fidelity. Variety: mean distance among pictures of one prompt. "
-        "PRES: likeness of pictures of the plain class word to the subject. Nearer to a photo: how much smaller the pixel distance to the nearest photo is than the base's. "
+        "Subject fidelity: mean share of right first colour, second colour, pattern and accessory; what the judge cannot tell is wrong. Likeness: cosine of the judge's embedding to the photos' subject. "
+        "Text: background, style and place as asked, minus the base's own on the same prompts and seeds. "
+        "Leak: how often the photos' background or position comes back where another was asked for, above the base's rate on the same prompts and seeds. LFD: latent Fisher divergence, eps form. "
         "class-word and described learn nothing: the floor and what words alone can do.",
         "",
         *(line for label in _ours(records) for line in _beside(found, label)),
         "## The subject, attribute by attribute",
         "",
         *_table(found, tuple((name, label, "%") for name, label in PARTS)),
+        "",
+        "## Every figure",
+        "",
+        *_table(found, EVERY),
+        "",
+        'What the judge cannot tell does not count where it says "where told"; "told" is how much it tells, of other pictures for every method. '
+        "W2²: how far the pictures lie from the base's of the same prompts and seeds; grows with what is learned, so compare it at equal fidelity. Variety: mean distance among pictures of one prompt. "
+        "PRES: likeness of pictures of the plain class word to the subject. Nearer to a photo: how much smaller the pixel distance to the nearest photo is than the base's.",
         "",
         "## Cost",
         "",
@@ -118,7 +130,12 @@ def page(
         "## As learning goes on",
         "",
         *(
-            [f"![trade-offs]({name}.png)", "", "One curve a method, one dot a number of samples seen.", ""]
+            [
+                f"![trade-offs]({name}.png)",
+                "",
+                "One curve a row, one dot a number of samples seen; dashed: drawn at part of its strength.",
+                "",
+            ]
             if pictures is not None
             else []
         ),
@@ -227,90 +244,3 @@ def _samples(found: dict) -> list[str]:
             cells = [f"{100 * values[p]:.1f} %" if p in values else "" for p in points]
             rows.append(f"| {label} | {' | '.join(cells)} | {reached:,} |")
     return rows
-
-
-def plot(found: dict, path: Path) -> None:
-    """Fidelity against leak, divergence and text, one curve a method."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InfusionError("The benchmark's plots need matplotlib; pip install matplotlib.") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, grid = plt.subplots(2, 2, figsize=(12.4, 8.4), constrained_layout=True)
-    axes = grid.flatten()
-    colors = plt.get_cmap("tab20")
-    for axis, (name, label) in zip(axes, PLOTS, strict=True):
-        for i, (method, by_samples) in enumerate(found.items()):
-            points = [(pooled(by_samples[s], name), pooled(by_samples[s], "fidelity")) for s in sorted(by_samples)]
-            xy = [(x.value, y.value) for x, y in points if x and y]
-            if xy:
-                axis.plot(*zip(*xy, strict=True), "o-", ms=4, lw=1.3, color=colors(i), label=method)
-        axis.set(xlabel=label, ylabel="subject fidelity")
-        axis.grid(alpha=0.3)
-        if name == "forgetting":
-            axis.set_xscale("symlog", linthresh=1e-4)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
-
-
-def sheets(records: Sequence[Record], docs: Path, page: str = "benchmark") -> list[tuple[str, str]]:
-    """One contact sheet for each subject with kept strips: (what it shows, file name)."""
-    made = []
-    shown = [r for r in records if _last_strips(r)]
-    for place, same in enumerate(sorted({str(key(r)) for r in shown})):  # photos, prompts and seeds are of one key
-        rows = [r for r in shown if str(key(r)) == same]
-        strips = [shown for r in rows for shown in _last_strips(r)]
-        prompts = [q["prompt"].format("...") for q in rows[0]["requests"]]
-        name = f"{page}-{place:03d}.jpg"
-        contact_sheet([_cut(s) for _, s in strips], [label for label, _ in strips], prompts, cell=96).save(
-            docs / name, quality=85
-        )
-        s, t = rows[0]["subject"], rows[0]["trained"]
-        accessory = "" if s["accessory"] == "none" else f" with a {s['accessory']}"
-        made.append(
-            (
-                f"a {s['pattern']} {s['color1']} and {s['color2']} {s['kind']}{accessory}, photographed: {t['background']}, {t['position']}",
-                name,
-            )
-        )
-    return made
-
-
-def _last_strips(record: Record) -> list[tuple[str, str]]:
-    """(row, strip) of what the record kept of its last step, one a strength."""
-    last = record["points"][-1]["step"]
-    return [(row_label(record, p), p["strip"]) for p in record["points"] if p["step"] == last and p.get("strip")]
-
-
-def _cut(strip: str) -> list[Image.Image]:
-    sheet = Image.open(io.BytesIO(base64.b64decode(strip)))
-    side = sheet.height
-    return [sheet.crop((x, 0, x + side, side)) for x in range(0, sheet.width, side)]
-
-
-def _refuse_mixtures(records: Sequence[Record]) -> None:
-    """Records of different bases, judges or splits have nothing to say of each other, nor do different settings under one label."""
-    for what, of in (
-        ("base", lambda r: r["base"]),
-        ("judge", lambda r: r.get("judge")),
-        ("split", lambda r: r["job"]["split"]),
-    ):
-        values: set[Any] = {of(r) for r in records} - {None}
-        if len(values) > 1:
-            raise InfusionError(
-                f"The records are of more than one {what} ({', '.join(sorted(map(str, values)))}); keep each in a folder of its own."
-            )
-    settings: dict[str, Any] = {}
-    for r in records:
-        job = r["job"]
-        decides = [
-            job.get(k)
-            for k in ("method", "settings", "prior", "strengths", "points", "batch", "pictures", "denoising_steps")
-        ]
-        if settings.setdefault(job["label"], decides) != decides:
-            raise InfusionError(
-                f"The records of {job['label']!r} are of more than one setting ({settings[job['label']]}, {decides}); keep each in a folder of its own."
-            )

@@ -1,0 +1,53 @@
+"""The page holds what the figures say."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import pytest
+from PIL import Image
+
+from infusion.bench.figures import curves, pooled
+from infusion.bench.tables import write_benchmark
+from infusion.errors import InfusionError
+from tests.bench.records import FLOOR, LEAKY, record
+
+
+def test_strengths_are_rows_of_their_own(tmp_path):
+    both = record("infusion", [{}, {}])
+    weaker = both["points"][0] | {"strength": 0.5, "strip": None, "forgetting": 0.25}
+    both["points"] = [both["points"][0] | {"strength": 1.0}, weaker]
+    found = curves([FLOOR, both])
+    assert [*found] == ["class-word", "infusion", "infusion at 0.5"]
+    assert pooled(found["infusion at 0.5"][80], "forgetting").value == 0.25
+    text = write_benchmark([FLOOR, both], tmp_path, pictures=False).read_text()
+    assert "## infusion at 0.5 beside the others" in text
+    assert "| infusion at 0.5 | 80 |" in text
+
+
+def test_the_page(tmp_path):
+    picture = Image.new("RGB", (16, 8), "red")
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG")
+    strip = base64.b64encode(buffer.getvalue()).decode()
+    early = record("lora", [{}, {"background": "city", "style": "sketch"}], samples=40)
+    early["points"] += LEAKY["points"]
+    records = [FLOOR, LEAKY, early, record("infusion", [{}, {"background": "city", "style": "sketch"}], strip=strip)]
+    path = write_benchmark(records, tmp_path, "trial-run", "## What we claim\n")
+    text = path.read_text()
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert "| infusion | 80 |" in text
+    assert text.startswith("# Trial run\n")
+    assert text.index("## What we claim") < text.index("## At the last point")
+    assert "4 jobs on 1 subjects" in text
+    assert "| lora, 40 samples | +0.0 |" in text
+    assert "100.0 | 0.8 |" in next(line for line in text.splitlines() if line.startswith("| infusion | 100"))
+    assert "dreambooth" in rows
+    assert (tmp_path / "trial-run.png").stat().st_size > 10_000
+    write_benchmark(records, tmp_path, "tables", pictures=False)
+    assert sorted(p.name for p in tmp_path.glob("tables*")) == ["tables.md"]
+    assert "](" not in (tmp_path / "tables.md").read_text()
+    assert Image.open(tmp_path / "trial-run-000.jpg").width > 90
+    with pytest.raises(InfusionError, match="more than one base"):
+        write_benchmark([FLOOR, {**LEAKY, "base": "def"}], tmp_path)
