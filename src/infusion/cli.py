@@ -309,7 +309,8 @@ def inspect(
 
 def main() -> None:
     """Entry point: errors of ours are one sentence, never a traceback. To be told to end is to be interrupted."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also in the background, where a shell has SIGINT ignored
+    # Not by way of SIGINT, which a shell has its background jobs ignore.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(app(standalone_mode=False) or 0)  # a command's typer.Exit comes back as its code
     except InfusionError as error:

@@ -73,6 +73,10 @@ def report(
         Path | None, typer.Option(help="A Markdown file with what you make of it; it goes above the tables.")
     ] = None,
     pictures: Annotated[bool, typer.Option(help="With the plot and contact sheets.")] = True,
+    whole: Annotated[
+        bool,
+        typer.Option("--whole-subjects/--all-subjects", help="Leave out subjects that not every method has learned."),
+    ] = True,
 ) -> None:
     """Build tables, curves and contact sheets from the records."""
     with progress("Reading the records"):
@@ -80,7 +84,7 @@ def report(
         from infusion.bench.tables import write_benchmark
 
         told = _text(reading) if reading else ""
-        path = write_benchmark(read_records(records), docs, page, told, pictures)
+        path = write_benchmark(read_records(records), docs, page, told, pictures, whole)
     say.print(f"Done: {path}.")
 
 

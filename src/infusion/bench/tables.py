@@ -61,13 +61,18 @@ PARTS = (("color1", "first colour"), ("color2", "second colour"), ("pattern", "p
 
 
 def write_benchmark(
-    records: Sequence[Record], docs: Path, name: str = "benchmark", reading: str = "", pictures: bool = True
+    records: Sequence[Record],
+    docs: Path,
+    name: str = "benchmark",
+    reading: str = "",
+    pictures: bool = True,
+    whole: bool = True,
 ) -> Path:
     """`name`.md in `docs`, with its plot and contact sheets or, without `pictures`, tables alone; `reading` is what its author
-    makes of it, in Markdown. Returns the page's path."""
+    makes of it, in Markdown. whole: of subjects that every method learned alone. Returns the page's path."""
     docs.mkdir(parents=True, exist_ok=True)
     refuse_mixtures(records)
-    kept = in_order(whole_subjects(records))
+    kept = in_order(whole_subjects(records) if whole else records)
     found, shown = curves(kept), None
     if pictures:
         plot(found, docs / f"{name}.png")
