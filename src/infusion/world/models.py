@@ -17,13 +17,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from infusion.world.scenes import SIDE
 from infusion.world.tokenizer import MAX_LENGTH, build_tokenizer
 
-LATENT_CHANNELS = 6
+LATENT_CHANNELS = 8
 LATENT_SIDE = 16
 TEXT_WIDTH = 128
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """64x64x3 pictures to 16x16x6 latents, convolutions only (no attention), 1.6 M parameters."""
+    """64x64x3 pictures to 16x16x8 latents, convolutions only (no attention), 1.6 M parameters."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
