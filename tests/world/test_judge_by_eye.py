@@ -73,16 +73,12 @@ def test_the_labels_are_words_of_the_world():
 @pytest.mark.parametrize(
     ("what", "least", "pairs"),
     [
-        (
-            "background",
-            0.89,
-            175,
-        ),  # the eye took neon deserts for forests and neon snow for space, in 18 of 18 disagreements
-        ("style", 0.99, 190),
-        ("class", 0.90, 69),
-        ("colour", 0.84, 80),  # lumps of two colours: which is the main one is open
-        ("position", 0.99, 225),
-        (None, 0.95, 740),  # all together
+        ("background", 0.99, 180),
+        ("style", 0.99, 195),
+        ("class", 0.95, 80),
+        ("colour", 0.77, 88),  # of two colours, which is the main one is open; one of its two in 84 of 92
+        ("position", 0.99, 240),
+        (None, 0.95, 790),  # all together
     ],
 )
 def test_the_judge_agrees_with_the_eye(rows, what, least, pairs):
