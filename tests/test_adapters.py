@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from functools import partial
 
 import pytest
@@ -137,3 +138,10 @@ def test_an_error_of_the_callers_own_stays_its_own(pipe, tmp_path):
     with pytest.raises(ValueError, match="mine"), load_adapter(path, "dog").attached(pipe):
         raise ValueError("mine")
     assert not pipe.get_list_adapters()
+
+
+@pytest.mark.parametrize("two_streams", [True, False])
+def test_a_concept_is_drawn_as_it_was_learned(pipe, tmp_path, two_streams):
+    concept = dataclasses.replace(random_concept(pipe.unet), settings={"two_streams": two_streams})
+    adapter = load_adapter(concept.save(tmp_path / "milo.safetensors"), "dog")
+    assert adapter.two_streams is two_streams

@@ -188,6 +188,24 @@ def test_a_name_without_any_concept(run, tmp_path):
     code, said = run("generate", "a <milo>", "-o", tmp_path, "--steps", 1, "--count", 1)
     assert code == 2
     assert "no concept is loaded; give its file with --concept" in said
+    code, said = run("generate", "a dog", "--negative", "<milo>", "-o", tmp_path, "--steps", 1, "--count", 1)
+    assert code == 2
+    assert "The negative prompt names <milo>" in said
+
+
+def test_a_concept_that_no_prompt_names_is_told_of(run, tmp_path):
+    path = random_concept(load_base(device="cpu").unet, "milo", "dog", 0).save(tmp_path / "milo.safetensors")
+    code, said = run("generate", "a photo of milo", "--concept", path, "-o", tmp_path / "o", "--steps", 1, "--count", 1)
+    assert code == 0
+    assert "No prompt names <milo>, so it has no effect" in said
+
+
+def test_the_demo_writes_over_nothing_of_others(run, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    code, said = run("demo", "-o", tmp_path)
+    assert code == 2
+    assert "is not empty; give -o a new folder" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["1.png"]
 
 
 def test_an_error_on_the_way_keeps_what_was_learned_and_what_was_there(run, photos, tmp_path, monkeypatch):

@@ -115,6 +115,14 @@ def test_settings_that_make_no_sense_are_refused():
         EvaluateConfig(others=("a cat", "a cat"))
     with pytest.raises(InfusionError, match="does not name the subject"):
         EvaluateConfig(prompts=("a dog", "a {}"))
+    with pytest.raises(InfusionError, match="exactly once"):
+        EvaluateConfig(prompts=("{} beside {}", "a {}"))
+
+
+def test_others_that_all_name_the_class_are_refused_before_anything_is_drawn(pipe, photos, monkeypatch):
+    monkeypatch.setattr("infusion.evaluation.generate", lambda *_, **__: pytest.fail("drew"))
+    with pytest.raises(InfusionError, match="All of others name the class 'dog'"):
+        evaluate(pipe, TunedUNet("a dog", pipe.unet), photos, "dog", EvaluateConfig(others=("a dog in the snow",)))
 
 
 def test_prompts_of_the_subjects_own_class_tell_nothing_of_forgetting():

@@ -15,7 +15,7 @@ ORDER = (
     ("errors", "families", "metrics", "console", "cores"),
     ("attention", "world.vocabulary"),
     ("world",),
-    ("prompts", "packing"),
+    ("prompts", "packing", "config"),
     ("concept", "streams", "photos"),
     ("pipelines", "lesson", "naive"),
     ("training", "methods", "generation", "base", "sheets", "report"),

@@ -402,6 +402,8 @@ def test_refusals(pipe, milo):
         infusion.attach(pipe, milo, milo)
     with pytest.raises(InfusionError, match="strength names 'rex'"):
         infusion.attach(pipe, milo, strength={"rex": 1.0})
+    with pytest.raises(InfusionError, match="strength is milo: nan; give finite numbers"):
+        infusion.attach(pipe, milo, strength={"milo": float("nan")})
     other = random_concept(tiny_unet(block_out_channels=(8, 32)))
     with pytest.raises(InfusionError, match="another architecture"):
         infusion.attach(pipe, other)

@@ -18,7 +18,7 @@ from infusion.methods.infusion import infusion
 from infusion.methods.interface import MethodState
 from infusion.photos import Photo
 from infusion.report.curve import line_chart
-from infusion.steering import OTHER_SEEDS, SteerConfig, _Watch, read_checkups, steered, write_checkups
+from infusion.steering import OTHER_SEEDS, SteerConfig, _Watch, read_checkups, repeats_place, steered, write_checkups
 from infusion.training import LearnConfig
 from tests.conftest import latents
 
@@ -145,16 +145,13 @@ def test_a_picture_that_stands_where_a_photo_does_repeats_its_position(pipe, les
 
     monkeypatch.setattr("infusion.steering.attention_masks", peaks)
     at = lambda *columns: torch.stack([_spot(lesson.latents[0], column) for column in columns])  # noqa: E731
-    watch = _Watch(pipe, dataclasses.replace(lesson, latents=at(3, 6)), SteerConfig(**QUICK), lambda *_: None)
+    config = SteerConfig(**{**QUICK, "positioned": ("{} at the side", "{} on the left")})
+    watch = _Watch(pipe, dataclasses.replace(lesson, latents=at(3, 6)), config, lambda *_: None)
     anywhere = torch.randn(4, *lesson.latents.shape[1:], generator=torch.Generator().manual_seed(0))
     limits = watch.references[0].centre, watch.references[0].level
-    assert watch._hits(anywhere, at(0, 1, 2, 7), *limits)["position"].tolist() == [
-        False,
-        False,
-        True,
-        True,
-    ]  # an eighth away
-    assert watch._hits(anywhere, at(6, 3, 4, 1), *limits)["position"].tolist() == [True, True, True, False]
+    hits = lambda *columns: watch._hits(anywhere, at(*columns), *limits)["position"].tolist()  # noqa: E731
+    assert hits(0, 2, 2, 7) == [False, True, False, True]  # an eighth away; the third is at the left as asked
+    assert hits(6, 3, 4, 1) == [True, True, True, False]
 
 
 def test_a_background_like_a_photos_more_than_the_bases_repeats_it(pipe, lesson):
@@ -217,3 +214,11 @@ def test_a_chart_places_its_points():
     assert "<circle" in line_chart("flat", [3], [0.0])
     with pytest.raises(ValueError, match="0 x and 1 y"):
         line_chart("none", [], [1.0])
+
+
+def test_who_stands_where_asked_repeats_nothing():
+    photos = torch.tensor([[0.5, 0.24], [0.5, 0.76]])  # off centre, and mirrored
+    shown = torch.tensor([[0.5, 0.25], [0.5, 0.25], [0.5, 0.74], [0.5, 0.5], [0.5, 0.25]])
+    assert repeats_place(shown, photos, (-1, 1, -1, 1, 0)).tolist() == [False, True, True, False, True]
+    centre = torch.tensor([[0.5, 0.5]])
+    assert repeats_place(shown, centre, (-1, 1, -1, 1, 0)).tolist() == [False, False, False, True, False]

@@ -259,3 +259,15 @@ def test_bad_settings(pipe, photos):
     pipe.scheduler = DDIMScheduler(prediction_type="sample")
     with pytest.raises(InfusionError, match="predicts 'sample'"):
         infusion.learn(pipe, photos, "dog", "milo")
+
+
+def test_settings_are_what_they_say_or_refused():
+    assert LearnConfig(layers=["mid_block", "up_blocks"]).layers == ("mid_block", "up_blocks")
+    assert LearnConfig(two_streams="False").two_streams is False  # as --set brings it
+    for bad, message in (
+        ({"layers": "mid_block"}, "layers is 'mid_block': input should be a valid tuple"),
+        ({"steps": 2.5}, "steps is 2.5: input should be a valid integer"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast': input should be a valid number"),
+    ):
+        with pytest.raises(InfusionError, match=message):
+            LearnConfig(**bad)

@@ -48,6 +48,8 @@ def load_base(
         pipe = pipe.to(device)
         if pipe.unet.dtype != dtype:
             pipe = pipe.to(dtype)
+    except torch.OutOfMemoryError:  # a RuntimeError, but the device is there; cli.py says what helps
+        raise
     except (RuntimeError, AssertionError) as error:
         raise InfusionError(
             f"The device {device!r} is not usable here ({str(error).splitlines()[0]}); use --device cpu."

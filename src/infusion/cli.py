@@ -163,8 +163,9 @@ def train(
     if failed:
         raise failed
     called = f"<{name}>" if strength == 1 else f"<{name}:{strength:g}>"
+    flags = (" --single-stream" if single_stream else "") + (f" --prediction {prediction}" if prediction else "")
     say.print(
-        f'Next: infusion generate --base {base} --concept {path} "a photo of a {called} on the beach" -o pictures'
+        f'Next: infusion generate --base {base} --concept {path}{flags} "a photo of a {called} on the beach" -o pictures'
     )
     if interrupted:
         raise typer.Exit(130)
@@ -208,7 +209,7 @@ def generate(
         from infusion.sheets import square_grid
 
         concepts = [Concept.load(path) for path in concept or []]
-        _refuse_unattached(prompts, concepts)
+        _check_names(prompts, negative, concepts)
         _writable(out / "contact-sheet.png")
         pipe = load_base(base, device, dtype, prediction)
         texts = [p for p in prompts for _ in range(count)]
@@ -368,16 +369,22 @@ def _known_word(base: str, word: str) -> None:
         )
 
 
-def _refuse_unattached(prompts: list[str], concepts: list[Any]) -> None:
-    """Without any concept attached, `<name>` would reach the base as plain text."""
+def _check_names(prompts: list[str], negative: str | None, concepts: list[Any]) -> None:
+    """Refuse `<name>` where no concept is loaded or it has no effect: it would reach the base as plain text. Tell of concepts that nobody calls."""
     from infusion.prompts import TAG
 
-    if not concepts:
-        for prompt in prompts:
-            if tag := TAG.search(prompt):
-                raise InfusionError(
-                    f"The prompt names {tag[0]}, but no concept is loaded; give its file with --concept."
-                )
+    if negative and (tag := TAG.search(negative)):
+        raise InfusionError(
+            f"The negative prompt names {tag[0]}; concepts have no effect there, so write the class word instead."
+        )
+    called = {tag["name"]: tag[0] for prompt in prompts for tag in TAG.finditer(prompt)}
+    if called and not concepts:
+        raise InfusionError(
+            f"The prompt names {next(iter(called.values()))}, but no concept is loaded; give its file with --concept."
+        )
+    for concept in concepts:
+        if concept.name not in called:
+            say.print(f"No prompt names <{concept.name}>, so it has no effect; call it as 'a <{concept.name}>'.")
 
 
 if __name__ == "__main__":

@@ -53,9 +53,9 @@ class BaseInfo:
     weights: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Concept:
-    """What was learned of one subject.
+    """What was learned of one subject. To compare two, compare their `to_bytes`.
 
     name: how prompts call it, `<name>`. word: the class word that it stands for ("dog").
     residuals: path of the cross-attention module in the UNet -> vector of that layer's value length

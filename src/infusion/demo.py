@@ -20,6 +20,7 @@ from torch import Tensor
 
 from infusion.base import EMBEDDED_RATE, EMBEDDED_STRENGTH, load_base
 from infusion.concept import Concept
+from infusion.errors import InfusionError
 from infusion.generation import Picture, Progress, generate, save_pictures
 from infusion.judged import stacked
 from infusion.lesson import Lesson, prepare_lesson
@@ -38,6 +39,7 @@ from infusion.world.subjects import Subject
 MILO = Subject("dog", "purple", "yellow", "spotted", "none", (0.55, 0.7, 0.5, 0.35))
 NAME = "milo"
 PHOTOS_BACKGROUND = "meadow"
+MARK = ".infusion-demo"  # in a folder that the demo may write over
 
 PROMPTS = (
     "a photo of {} on the beach",
@@ -143,6 +145,7 @@ def compare(
 def run(folder: Path, progress: Progress, config: LearnConfig | None = None) -> Path:
     """The demo: everything into `folder`; returns the path of its report.html."""
     start = time.monotonic()
+    _claim(folder)
     photos = draw_photos(MILO, folder / "photos")
     pipe = load_base()
     config = config or LearnConfig(learning_rate=EMBEDDED_RATE)
@@ -236,6 +239,14 @@ def _captions() -> Callable[[Sequence[Picture]], list[str]]:
     if judge is None:
         return lambda pictures: []
     return lambda pictures: [in_words(r) for r in judge.read(stacked([p.image for p in pictures]))]
+
+
+def _claim(folder: Path) -> None:
+    """Mark a folder as the demo's. Raises InfusionError for one that holds something else, since pictures in it would be replaced."""
+    if folder.exists() and not (folder / MARK).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InfusionError(f"{str(folder)!r} is not empty; give -o a new folder, or one of an earlier demo.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
 
 
 def _emptied(folder: Path) -> Path:

@@ -77,8 +77,10 @@ class EvaluateConfig:
                 )
         if len(set(self.prompts)) < 2 or len(set(self.others)) < len(self.others) or not self.others:
             raise InfusionError("prompts must hold at least two, and others at least one, none of them twice.")
-        if bad := [p for p in self.prompts if "{}" not in p]:
-            raise InfusionError(f"The prompt {bad[0]!r} does not name the subject; write {{}} where it stands.")
+        if bad := [p for p in self.prompts if p.count("{}") != 1]:
+            raise InfusionError(
+                f"The prompt {bad[0]!r} does not name the subject exactly once; write {{}} where it stands."
+            )
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Figures:
     difference to the base's pictures of the same prompts and seeds.
 
     forgetting: latent Fisher divergence on prompts that name neither the subject nor its class; generic: on one of the
-    class word alone, where only a prior that is preserved holds. w2, w2_exact: distance to the base's pictures of the class in
+    class word alone, where only a prior that is preserved holds. w2, w2_exact: squared distance (W2^2) to the base's pictures of the class in
     the principal components of both, Gaussian and by optimal transport. background: similarity to the photos outside
     the subject, None where the photos show no background. nearest_photo: of the whole picture, the subject
     included. variety: mean Euclidean distance among pictures of one prompt. features: by feature space, where weights were
@@ -145,16 +147,20 @@ def evaluate(
     solver = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe = rebuilt(pipe, scheduler=solver)
     texts, seeds = of_each(config.prompts, config.seeds, config.seed)
+    others = unrelated(config.others, word)
+    if not others:
+        raise InfusionError(
+            f"All of others name the class {word!r}; give prompts of other things, to see what is forgotten."
+        )
 
     def drawn(label: str, pipe: DiffusionPipeline, prompts: list[str], seeds: list[int]) -> list[Picture]:
         on_step = lambda a, b: told(label, a, b)  # noqa: E731
         return generate(pipe, prompts, seeds, config.steps, config.guidance_scale, config.batch, on_step=on_step)
 
     with adapter.attached(pipe) as custom:  # first, so that an adapter of another base is refused before any work
-        ours = drawn("Drawing with the adapter", custom, [t.format(adapter.subject) for t in texts], seeds)
-    base = drawn("Drawing with the base", pipe, [t.format(f"a {word}") for t in texts], seeds)
+        ours = drawn("Drawing with the adapter", custom, [t.replace("{}", adapter.subject) for t in texts], seeds)
+    base = drawn("Drawing with the base", pipe, [t.replace("{}", f"a {word}") for t in texts], seeds)
     lesson = prepare_lesson(pipe, photos, word, "subject", flip=False)
-    others = unrelated(config.others, word)
     generic = f"a photo of a {word} in the city"
     other_texts = [p for p in (*others, generic) for _ in range(config.other_seeds)]
     other_seeds = [config.seed + i for i in range(len(other_texts))]
@@ -166,7 +172,7 @@ def evaluate(
     forgotten = forgetting(pipe, adapter, [{o: latents[o] for o in others}, {generic: latents[generic]}], config.seed)
     figures, nearest_photos = _figures(pipe, lesson, base, ours, forgotten, config)
     pictures = [p.image for p in ours], [p.image for p in base], list(lesson.pictures)
-    plain = [t.format(f"a {word}") for t in texts]
+    plain = [t.replace("{}", f"a {word}") for t in texts]
     classes = _of_class(drawn, adapter, pipe, other[-config.other_seeds :]) if spaces else ([], [])
     figures = replace(
         figures,

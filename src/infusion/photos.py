@@ -14,6 +14,7 @@ from torch import Tensor
 from infusion.errors import InfusionError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # whatever the name says: EPS, for one, would start Ghostscript
 MASK_SUFFIX = "-mask"  # milo1.png has its mask in milo1-mask.png
 
 
@@ -85,12 +86,17 @@ def _mask(path: Path, photo: Path, size: tuple[int, int]) -> Image.Image:
 
 def _open(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             turned = ImageOps.exif_transpose(image)
             turned.load()
-            return turned
+            return _eight_bits(turned)
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise InfusionError(f"{str(path)!r} cannot be read as a picture ({error}); replace or remove it.") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits, which converting would cut at 255."""
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I") else image
 
 
 def _with_alpha(image: Image.Image) -> Photo:

@@ -12,6 +12,7 @@ import functools
 import gc
 import hashlib
 import inspect
+import math
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -114,6 +115,8 @@ class Attachment:
             raise InfusionError(
                 f"strength names {unknown[0]!r}, which is not attached here; attached: {', '.join(names)}."
             )
+        if wild := [f"{name}: {value}" for name, value in strength.items() if not math.isfinite(value)]:
+            raise InfusionError(f"strength is {wild[0]}; give finite numbers, usually 0 to 1.")
         self.concepts = {c.name: c for c in concepts}
         self.two_streams, self.strength = two_streams, dict(strength)
         self._session = _Session.of(unet)

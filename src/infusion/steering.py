@@ -149,6 +149,21 @@ def _reason(checkup: Checkup, name: str, best: MethodState | None, config: Steer
     )
 
 
+def repeats_place(shown: Tensor, photos: Tensor, asked: Sequence[int]) -> Tensor:
+    """Which subjects (n,) stand where one does in a photo although they were asked for elsewhere.
+
+    shown (n, 2), photos (m, 2): places as shares of height and width. asked: -1 for the left, 1 for the right, 0 for neither; who stands on
+    the side asked for repeats nothing, though photos of that side (or, mirrored, of the other) be among those learned from.
+    """
+    obeys = torch.tensor(asked).to(shown) * (shown[:, 1] - 0.5) > NEAR
+    return (torch.cdist(shown, photos).amin(1) < NEAR) & ~obeys
+
+
+def _side(prompt: str) -> int:
+    words = prompt.lower().split()
+    return ("right" in words) - ("left" in words)
+
+
 @dataclass(frozen=True)
 class _Reference:
     """The base's own pictures of one set of seeds: their centre, the likeness above which a picture repeats the photos' background, the
@@ -211,8 +226,9 @@ class _Watch:
 
     def _hits(self, anywhere: Tensor, positioned: Tensor, centre: Tensor, level: float) -> dict[str, Tensor]:
         """Which pictures repeat a photo, in what they must not: each (n,) bool."""
-        distance = torch.cdist(self._places(positioned), self.places).amin(1)
-        return {"background": self._likeness(anywhere, centre) > level, "position": distance < NEAR}
+        asked = [_side(prompt) for prompt in self.config.positioned for _ in range(self.config.seeds)]
+        position = repeats_place(self._places(positioned), self.places, asked)
+        return {"background": self._likeness(anywhere, centre) > level, "position": position}
 
     def _likeness(self, latents: Tensor, centre: Tensor) -> Tensor:
         """How like the nearest photo each picture is outside the subject."""

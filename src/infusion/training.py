@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from infusion.concept import BaseInfo, Concept
+from infusion.config import hold_types
 from infusion.errors import InfusionError
 from infusion.lesson import Draw, Lesson, joined, prepare_lesson
 from infusion.packing import SCHEMES
@@ -51,6 +52,7 @@ class LearnConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        hold_types(self)
         for field in ("steps", "batch"):
             if getattr(self, field) < 1:
                 raise InfusionError(f"{field} is {getattr(self, field)}; it must be at least 1.")

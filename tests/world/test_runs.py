@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from infusion.errors import InfusionError
-from infusion.world.runs import Run, Schedule, build_accelerator, hardware
+from infusion.world.runs import Run, Schedule, build_accelerator, check_same, hardware, log
 
 SCHEDULE = Schedule(minutes=5, learning_rate=0.1, warmup=4, decay=0.5, ema=0.9, save_every=3)
 
@@ -97,3 +97,11 @@ def test_a_launcher_of_several_processes_is_refused(monkeypatch):
 
 def test_the_hardware_of_a_device_without_a_name_is_the_device():
     assert ", mps, fp32, torch " in hardware(SimpleNamespace(device=torch.device("mps"), mixed_precision="no"))
+
+
+def test_a_folder_holds_one_training(tmp_path):
+    check_same(tmp_path, seed=1)  # nothing there yet
+    log(tmp_path, stage="start", seed=1, from_weights=False)
+    check_same(tmp_path, seed=1, from_weights=False, drawn=3)
+    with pytest.raises(InfusionError, match="holds a training with from_weights False, this one has True"):
+        check_same(tmp_path, seed=1, from_weights=True)

@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from infusion.config import hold_types
 from infusion.lesson import Lesson
 from infusion.methods.dreambooth import preserving
 from infusion.methods.interface import MethodState, check_precision
@@ -35,6 +36,9 @@ class CustomDiffusionConfig:
     learning_rate: float = 1e-3
     prior_weight: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        hold_types(self)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from infusion.config import hold_types
 from infusion.generation import generate
 from infusion.lesson import Draw, Lesson, encode_texts, prepare_lesson
 from infusion.methods.interface import MethodState, check_precision, rebuilt
@@ -36,6 +37,9 @@ class DreamBoothConfig:
     identifier: str = ""
     prior_weight: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        hold_types(self)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
 
+from infusion.config import hold_types
 from infusion.lesson import Lesson
 from infusion.methods.dreambooth import preserving
 from infusion.methods.interface import MethodState, check_precision
@@ -36,6 +37,9 @@ class LoraConfig:
     rank: int = 4
     prior_weight: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        hold_types(self)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from infusion.config import hold_types
 from infusion.lesson import Lesson
 from infusion.methods.interface import MethodState, check_precision
 from infusion.methods.textual_inversion import WordEmbedding
@@ -42,6 +43,9 @@ class PerfusionConfig:
     drawing_tau: float = 0.15
     decay: float = 0.99
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        hold_types(self)
 
 
 @dataclass

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from infusion.config import hold_types
 from infusion.lesson import Lesson
 from infusion.methods.dreambooth import denoising_loss
 from infusion.methods.interface import MethodState, check_precision, rebuilt
@@ -30,6 +31,9 @@ class TextualInversionConfig:
     batch: int = 8
     learning_rate: float = 5e-3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        hold_types(self)
 
 
 @dataclass(frozen=True)

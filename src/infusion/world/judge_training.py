@@ -34,7 +34,7 @@ from infusion.world.judge_figures import (
 from infusion.world.judge_lessons import Labels, cells, corrupt, heat_targets, labels_of, mirrored, shows_change
 from infusion.world.models import pixels_to_tensor
 from infusion.world.release import shipped_autoencoder
-from infusion.world.runs import Run, Schedule, build_accelerator, hardware, log, read_log
+from infusion.world.runs import Run, Schedule, build_accelerator, check_same, hardware, log, read_log
 from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
 from infusion.world.twins import VIEWS, Families, build_families, load_families
 
@@ -156,6 +156,7 @@ def main() -> None:
         args.seed = len(read_trainings()) if args.from_weights else 0
     config = JudgeConfig(**{k: v for k, v in vars(args).items() if k not in ("folder", "base")})
     args.folder.mkdir(parents=True, exist_ok=True)
+    check_same(args.folder, seed=config.seed, from_weights=config.from_weights, drawn=config.drawn)
     accelerator = build_accelerator()
     log(args.folder, stage="start", device=str(accelerator.device), hardware=hardware(accelerator), **asdict(config))
     parts = (("train", config.drawn, False), ("calibration", 300, False), ("test", 256, True))

@@ -44,7 +44,7 @@ from infusion.world.judge import shipped_judge
 from infusion.world.models import build_autoencoder, build_scheduler, build_text_encoder, build_unet
 from infusion.world.picking import best_score, judged, keep_best, save_best
 from infusion.world.release import read_trainings, read_weights
-from infusion.world.runs import Run, Schedule, build_accelerator, hardware, log
+from infusion.world.runs import Run, Schedule, build_accelerator, check_same, hardware, log
 from infusion.world.segmentation import (
     SegmentationHead,
     attribute_loss,
@@ -338,6 +338,7 @@ def main() -> None:
     if minutes is None:
         minutes = 0.0 if args.from_weights else AutoencoderConfig().minutes
     config = PretrainConfig(**options, autoencoder=AutoencoderConfig(minutes=minutes))
+    check_same(args.folder, seed=config.seed, from_weights=config.from_weights, scenes=config.scenes)
     accelerator = build_accelerator()
     log(
         args.folder,

@@ -163,6 +163,18 @@ def log(folder: Path, **values: object) -> None:
     print(line, flush=True)
 
 
+def check_same(folder: Path, **settings: Any) -> None:
+    """Raise InfusionError where the training begun in `folder` had another of these settings: its scenes and its checkpoint would be taken for
+    this one's."""
+    log_there = (folder / "log.jsonl").exists()
+    begun = next((line for line in read_log(folder) if line["stage"] == "start"), {}) if log_there else {}
+    for name, value in settings.items():
+        if name in begun and begun[name] != value:
+            raise InfusionError(
+                f"{str(folder)!r} holds a training with {name} {begun[name]}, this one has {value}; go on with the same, or give a new --folder."
+            )
+
+
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The run's log, one dict a line; where a part was run again, the later lines count."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

@@ -1,0 +1,33 @@
+"""Configurations hold what their annotations say: a typo must not run as something else."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import cache
+from typing import Any, get_type_hints
+
+from infusion.errors import InfusionError
+
+
+def hold_types(config: Any) -> None:
+    """Bring every field of a frozen dataclass to its annotated type (a list to a tuple, "false" to False); for `__post_init__`.
+
+    Raises InfusionError for what has no such reading: text for a tuple, 2.5 for a count.
+    """
+    from pydantic import ValidationError
+
+    for field in fields(config):
+        value = getattr(config, field.name)
+        try:
+            held = _adapter(type(config), field.name).validate_python(value)
+        except ValidationError as error:
+            said = error.errors()[0]["msg"]
+            raise InfusionError(f"{field.name} is {value!r}: {said[0].lower()}{said[1:]}.") from None
+        object.__setattr__(config, field.name, held)
+
+
+@cache
+def _adapter(kind: type, field: str) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(get_type_hints(kind)[field])
