@@ -23,7 +23,7 @@ from infusion.methods import METHODS
 from infusion.steering import SteerConfig, steered
 from infusion.world.judge import load_judge
 
-RATES = {"infusion": 0.06, "dreambooth": 3e-4, "dreambooth-lora": 3e-3}
+RATES = {"infusion": 0.02, "dreambooth": 3e-4, "dreambooth-lora": 3e-3}
 
 
 def watched(name: str, number: int, steps: int, every: int) -> dict:

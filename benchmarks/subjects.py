@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 import infusion
-from infusion.base import EMBEDDED_STRENGTH
 from infusion.demo import PROMPTS, Compared, compare, draw_photos, mask_overlays
 from infusion.diagnosis import layer_maps, validation_loss
 from infusion.generation import generate
@@ -170,7 +169,7 @@ def write_page(docs: Path) -> Path:
     parts = [
         "# Five subjects, each from four photos in one place",
         "None of these individuals occurs in the base's training. Every column is one prompt and one seed, the same for all rows; the last two "
-        f"prompts do not name the subject. 200 steps of 8 samples for every method, Infusion drawn at strength {EMBEDDED_STRENGTH}. `python benchmarks/subjects.py` makes this page.",
+        "prompts do not name the subject. 200 steps of 8 samples for every method. `python benchmarks/subjects.py` makes this page.",
         READING.strip(),
     ]
     for name, subject, background in SUBJECTS:

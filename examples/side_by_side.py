@@ -14,13 +14,13 @@ def main(subjects: list[tuple[str, str, Path]], out: Path = Path("outputs/exampl
     """Learn every (name, class word, folder of photos) in one training, save a file each, draw each in the snow; returns the pictures' paths."""
     pipe = infusion.load_base()
     lessons = [prepare_lesson(pipe, load_photos(folder), word, name) for name, word, folder in subjects]
-    config = infusion.LearnConfig(steps=steps, learning_rate=0.06)  # for the embedded base
+    config = infusion.LearnConfig(steps=steps)
     *_, last = infusion.learning_together(pipe, lessons, config)
     concepts = [state.concept for state in last]
     for concept in concepts:
         concept.save(out / f"{concept.name}.safetensors")
     with infusion.attach(pipe, *concepts):  # rows of one batch, each with a concept of its own
-        images = pipe([f"a photo of a <{c.name}:0.5> in the snow" for c in concepts], num_inference_steps=25).images
+        images = pipe([f"a photo of a <{c.name}> in the snow" for c in concepts], num_inference_steps=25).images
     paths = [out / f"{concept.name}.png" for concept in concepts]
     for path, image in zip(paths, images, strict=True):
         image.save(path)

@@ -16,8 +16,6 @@ from infusion.families import FAMILIES, Config, family_of, write_configuration
 from infusion.streams import require_unet
 
 EMBEDDED = "embedded"
-EMBEDDED_RATE = 0.06  # learning rate, best of docs/benchmark-search.md
-EMBEDDED_STRENGTH = 0.5  # keeps the class and loses nothing of the subject (docs/log.md)
 PREDICTIONS = ("epsilon", "v_prediction")
 
 

@@ -71,7 +71,7 @@ def train(
     batch: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option("--lr", help="0.01 to 0.03 on Stable Diffusion (0.02 if not given), 0.06 on the embedded base."),
+        typer.Option("--lr", help="Learning rate, 0.01 to 0.03; 0.02 if not given."),
     ] = None,
     flip: Annotated[bool, typer.Option(help="Learn from mirror images too; --no-flip for asymmetric subjects.")] = True,
     mask: Annotated[bool, typer.Option(help="Count only the subject; --no-mask counts the whole picture.")] = True,
@@ -102,19 +102,15 @@ def train(
 ) -> None:
     """Learn a concept from a folder of photos. Ctrl-C, and any error on the way, keep what was learned so far."""
     with progress("Loading the base model") as told:
-        from infusion.base import EMBEDDED_RATE, EMBEDDED_STRENGTH, load_base
+        from infusion.base import load_base
         from infusion.concept import Concept
         from infusion.lesson import prepare_lesson
         from infusion.methods.infusion import infusion
-        from infusion.methods.interface import drawn_at
         from infusion.photos import load_photos
         from infusion.steering import SteerConfig, steered, write_checkups
         from infusion.training import LearnConfig
 
         steer = SteerConfig(every=evaluate_every or (50 if stop_when_overfit else 0), stop=stop_when_overfit)
-        strength = EMBEDDED_STRENGTH if base == EMBEDDED else 1.0
-        if learning_rate is None and base == EMBEDDED:
-            learning_rate = EMBEDDED_RATE
         given = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
         config = LearnConfig(
             flip=flip,
@@ -134,7 +130,7 @@ def train(
         try:
             told("Encoding the photos", 0, 0)
             lesson = prepare_lesson(pipe, pictures, word, name, flip=flip, masked=mask)
-            for now in steered(pipe, drawn_at(infusion(pipe, lesson, config), strength), lesson, steer, told):
+            for now in steered(pipe, infusion(pipe, lesson, config), lesson, steer, told):
                 told(f"Learning <{name}>", now.state.step, now.state.steps, f"loss {now.state.loss:.4f}")
                 if now.checkup:
                     checkups.append(now.checkup.plain())
@@ -162,10 +158,9 @@ def train(
     )
     if failed:
         raise failed
-    called = f"<{name}>" if strength == 1 else f"<{name}:{strength:g}>"
     flags = (" --single-stream" if single_stream else "") + (f" --prediction {prediction}" if prediction else "")
     say.print(
-        f'Next: infusion generate --base {base} --concept {path}{flags} "a photo of a {called} on the beach" -o pictures'
+        f'Next: infusion generate --base {base} --concept {path}{flags} "a photo of a <{name}> on the beach" -o pictures'
     )
     if interrupted:
         raise typer.Exit(130)
@@ -245,7 +240,7 @@ def evaluate(
     base: Base = EMBEDDED,
     subject: Annotated[
         str | None,
-        typer.Option(help='How prompts call it: "a <milo:0.5>", "sks dog". By default "a <name>" or "a WORD".'),
+        typer.Option(help='How prompts call it: "a <milo:0.7>", "sks dog". By default "a <name>" or "a WORD".'),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Pictures a prompt, by the base and by the adapter.")] = 10,
     clip: Annotated[str | None, typer.Option(help="CLIP weights for CLIP-I and CLIP-T: a folder or a hub id.")] = None,

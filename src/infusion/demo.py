@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from infusion.base import EMBEDDED_RATE, EMBEDDED_STRENGTH, load_base
+from infusion.base import load_base
 from infusion.concept import Concept
 from infusion.errors import InfusionError
 from infusion.generation import Picture, Progress, generate, save_pictures
@@ -98,7 +98,7 @@ def compare(
     single: bool = False,
 ) -> Compared:
     """Learn the subject with each method and draw the same prompts and seeds with all of them."""
-    config = config or LearnConfig(learning_rate=EMBEDDED_RATE, seed=seed)
+    config = config or LearnConfig(seed=seed)
     seconds: dict[str, float] = {}
     lesson = prepare_lesson(pipe, load_photos(photos), word, name)
 
@@ -127,13 +127,13 @@ def compare(
     concept = finished(f"Learning <{name}> with Infusion", learning(pipe, lesson, word, name, config)).concept
     concept.save(concept_path)
     base = drawn("Drawing with the base model", pipe, plain)
-    with attach(pipe, concept, strength={name: EMBEDDED_STRENGTH}):
+    with attach(pipe, concept):
         infusion = drawn(f"Drawing <{name}>", pipe, called)
     singles = alone = None
     if single:
         alone_config = replace(config, two_streams=False)
         alone = finished("Learning in a single stream", learning(pipe, lesson, word, name, alone_config)).concept
-        with attach(pipe, alone, two_streams=False, strength={name: EMBEDDED_STRENGTH}):
+        with attach(pipe, alone, two_streams=False):
             singles = drawn("Drawing in a single stream", pipe, called)
     tuning = dreambooth(pipe, lesson, DreamBoothConfig(config.steps, config.batch, seed=config.seed))
     tuned = finished("Fine-tuning a full copy, for comparison", tuning)
@@ -148,7 +148,7 @@ def run(folder: Path, progress: Progress, config: LearnConfig | None = None) -> 
     _claim(folder)
     photos = draw_photos(MILO, folder / "photos")
     pipe = load_base()
-    config = config or LearnConfig(learning_rate=EMBEDDED_RATE)
+    config = config or LearnConfig()
     result = compare(pipe, photos, MILO.kind, NAME, folder / f"{NAME}.safetensors", progress, config=config)
     for label, pictures in (("base", result.base), ("infusion", result.infusion), ("finetune", result.finetune)):
         save_pictures(
@@ -202,7 +202,7 @@ def _page(result: Compared, config: LearnConfig, seconds: float) -> Page:
                     ),
                     Row(
                         "Infusion",
-                        f"{size:,} bytes, {learned:.0f} s, drawn at strength {EMBEDDED_STRENGTH}; base untouched",
+                        f"{size:,} bytes, {learned:.0f} s; base untouched",
                         [p.image for p in result.infusion],
                         read(result.infusion),
                     ),

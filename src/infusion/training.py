@@ -36,7 +36,7 @@ class LearnConfig:
     """How a concept is learned.
 
     steps x batch samples are seen; the authors' 500 x 16 = 8,000 is ample, this default fits 90 s on 2 CPU cores.
-    learning_rate: 0.01 (SD1.5) to 0.03 (SD2.1) in the authors' code, 0.06 is best on the embedded base. two_streams=False is the single-stream
+    learning_rate: 0.01 (SD1.5) to 0.03 (SD2.1) in the authors' code, 0.02 is best on the embedded base. two_streams=False is the single-stream
     ablation. layers: substrings of module paths that get a residual; empty means all. scheme: of the file whose
     grid the returned values are on ("q6", "fp16" or "fp32"); learning itself is the same.
     """

@@ -20,7 +20,7 @@ from infusion.methods import METHODS
 from infusion.methods.custom_diffusion import CustomDiffusionConfig, custom_diffusion
 from infusion.methods.dreambooth import DreamBoothConfig, dreambooth, prior_lesson
 from infusion.methods.infusion import infusion
-from infusion.methods.interface import drawn_at, stored_bytes
+from infusion.methods.interface import stored_bytes
 from infusion.methods.key_value import KeyValueAdapter, KeyValueConfig, added, key_value
 from infusion.methods.lora import LoraConfig, dreambooth_lora, loaded_lora
 from infusion.methods.perfusion import Edit, PerfusionConfig, inverse_covariance, perfusion, rank_one
@@ -140,12 +140,11 @@ def test_part_of_what_other_methods_learned(pipe, lesson, method):
 
 def test_a_strength_is_for_drawing_alone(pipe, lesson):
     drawn = []
+    *_, last = infusion(pipe, lesson, LearnConfig(3, 2, 0.5))
     for strength in (1.0, 0.5, 0.0):
-        *_, last = drawn_at(infusion(pipe, lesson, LearnConfig(3, 2, 0.5)), strength)
-        with last.adapter.attached(pipe):
+        with replace(last.adapter, strength=strength).attached(pipe):
             drawn.append(latents(pipe, f"a photo of {last.adapter.subject}"))
-        settings = last.adapter.concept.settings
-        assert "strength" not in settings
+    assert "strength" not in last.adapter.concept.settings
     with attach(pipe, last.adapter.concept):
         assert torch.equal(latents(pipe, "a photo of a <milo>"), drawn[0])
         assert torch.equal(latents(pipe, "a photo of a <milo:0.5>"), drawn[1])

@@ -1,7 +1,7 @@
 """Infusion and the methods that it is compared with, one file each, behind the interface of `interface.py`.
 
 METHODS names them, each with its configuration's class: a method takes (pipe, lesson, config); those that preserve a prior
-also `prior`, Perfusion a `corpus` of captions. Those of STRENGTH can be drawn at part of what they learned (`interface.drawn_at`).
+also `prior`, Perfusion a `corpus` of captions. Those of STRENGTH can be drawn at part of what they learned (their adapters' `strength`).
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ noise of each step from the same seed in the same order.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -50,13 +50,6 @@ class MethodState:
     steps: int
     loss: float
     adapter: Any
-
-
-def drawn_at(states: Iterator[MethodState], strength: float) -> Iterator[MethodState]:
-    """The states, their adapters drawing at `strength` of what was learned; for adapters with such a field. Guidance multiplies what a method
-    adds, which no photo taught, so that below 1 the class comes back (docs/log.md)."""
-    for state in states:
-        yield replace(state, adapter=replace(state.adapter, strength=strength))
 
 
 def stored_bytes(adapter: Adapter, bytes_per_value: int = 2) -> int:
