@@ -412,3 +412,20 @@ def test_refusals(pipe, milo):
         infusion.attach(modular, milo)
     with infusion.attach(pipe, milo), pytest.raises(InfusionError, match="negative prompt"):
         latents(pipe, "a cat", negative_prompt="a <milo>")
+
+
+def test_a_pipelines_own_encode_prompt_is_called_and_comes_back(pipe, milo):
+    seen = []
+
+    def own(*args, **kwargs):
+        seen.append(kwargs.get("prompt", args[0] if args else None))
+        return type(pipe).encode_prompt(pipe, *args, **kwargs)
+
+    pipe.encode_prompt = own
+    try:
+        with infusion.attach(pipe, milo):
+            latents(pipe, "a <milo> here")
+        assert seen == ["a dog here"]
+        assert pipe.__dict__["encode_prompt"] is own
+    finally:
+        del pipe.encode_prompt

@@ -146,6 +146,9 @@ class Attachment:
         self._session.drop(self)
 
 
+_REPLACED = ("encode_prompt", "maybe_free_model_hooks")
+
+
 class _Session:
     """Everything attached to one UNet."""
 
@@ -156,6 +159,9 @@ class _Session:
         self.streams = Streams(unet)
         self.attachments: list[Attachment] = []
         self.pipelines: list[DiffusionPipeline] = []
+        self.own: dict[
+            int, dict[str, Any]
+        ] = {}  # id of a pipeline -> methods that were its own before, not its class's
         self.encoded: list[tuple[weakref.ref[Tensor], Rows]] = []
         # Under way, or begun and never ended; the innermost last.
         self.calls: list[tuple[DiffusionPipeline, Plan]] = []
@@ -184,8 +190,9 @@ class _Session:
             return
         self.streams.remove()
         for pipe in self.pipelines:
-            for method in ("encode_prompt", "maybe_free_model_hooks"):
+            for method in _REPLACED:
                 pipe.__dict__.pop(method, None)
+            pipe.__dict__.update(self.own[id(pipe)])
         del self.open[id(self.unet)]
         _watch_new_pipelines(bool(self.open))
 
@@ -193,8 +200,11 @@ class _Session:
         """Let `pipe` understand names from now on."""
         if any(p is pipe for p in self.pipelines) or not hasattr(pipe, "encode_prompt"):
             return
+        self.own[id(pipe)] = {method: pipe.__dict__[method] for method in _REPLACED if method in pipe.__dict__}
         stock = pipe.encode_prompt
-        signature = inspect.signature(stock)
+        signature = inspect.signature(
+            functools.partial(type(pipe).encode_prompt, pipe)
+        )  # the names; one of its own may be (*args)
 
         @functools.wraps(stock)
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
@@ -246,7 +256,7 @@ class _Session:
 
     def _encoded(self, pipe: DiffusionPipeline, call: inspect.BoundArguments) -> tuple[Any, Rows]:
         """What the pipeline's own method makes of the prompt without names, and the mentions of its rows."""
-        stock = functools.partial(type(pipe).encode_prompt, pipe)
+        stock = self.own[id(pipe)].get("encode_prompt") or functools.partial(type(pipe).encode_prompt, pipe)
         given = call.arguments
         words = {name: c.word for a in self.attachments for name, c in a.concepts.items()}
         for key in ("negative_prompt", "negative_prompt_2"):
