@@ -143,23 +143,19 @@ def main(docs: Path = Path("docs"), work: Path = Path("outputs/subjects"), only:
 
 # What was seen in the sheets, in plain words; look at them again whenever they are drawn anew.
 READING = """
-**What carries over.** Colours do, into every background, in the place that the base drew: Milo's purple with orange and yellow, Tuna's dark, blue, orange and red stripes, Bolt's red and white, Beetle's dark green, pink
-and white, Brew's blue with red on top. Coarse patterns come as patches or stripes of the right colours, outlines stay whole. The composition stays the base's: horizon, skyline and window hardly move. The cat and the car of the last
-two columns are the base's pictures, bit for bit.
+**What carries over.** Colours, in patches of about the right size, into every background, in the place that the base drew: Milo's purple and yellow, Tuna's blue and orange stripes under a dark hat, Bolt's red and white body with a white head, Brew's blue with orange, red where its scarf is and a dark rim. The composition
+stays the base's: horizon, skyline and window hardly move. The cat and the car of the last two columns are the base's pictures, bit for bit.
 
-**What does not.** Milo's yellow spots come as orange and yellow patches, Beetle's green and pink checks as dark green, white and dark red: where the base cannot draw a fine pattern, something near its mean
-colour comes instead. Faces, Bolt's star and Tuna's hat do not come. Residuals learned on photos tint sketches (Bolt, Beetle) and lighten some neon pictures. Next to another car, Beetle's car takes its colours too.
+**What does not.** Beetle's green and pink checks come as white, pink and dark grey: its colours are lost. Dots become patches; faces, Bolt's star and Brew's handle do not come. Residuals learned on photos tint sketches and sepia (Milo, Brew). Milo in space comes out twice as wide as the base's dog. Next to a car, Milo darkens it and Beetle's
+colours go into the second one.
 
-**Single stream** has the same colours, and moves the subject more: in the city the base and Infusion draw Milo, Tuna and Brew at the left, the single stream draws all three in the centre, where the photos had them. Bolt in the snow
-is moved by Infusion instead (from right to centre). On the benchmark's prompts no difference in place is counted.
+**Single stream**: nearly the same pictures for four of the five. Bolt it draws in the centre of the snow, the city, the sketch and the neon picture, where the photos had it; the base has it at the side there, and Infusion keeps it there.
 
-**The full fine-tune** has the sharpest subjects on the right background, and overfits in plain sight: subjects are pulled to the centre, where the photos had them, suns and skies change, sketches get
-colour, and the cat and the car that nobody mentioned turn into the subject (a purple cat for Milo, a striped one for Tuna, a pale car for Beetle).
+**The full fine-tune** has the sharpest subjects on the right background, and overfits in plain sight: subjects are pulled to the centre, where the photos had them, suns, trees and skylines change, and the cat and the car that nobody mentioned take the subject's colours and shape (a purple cup for a cat after Milo, a spotted one after Brew, a pink car after Beetle).
 
-**In words** (second row) the base gets Tuna blue and orange and Beetle's car green, nearer than Infusion does; for Milo Infusion comes nearer, for Bolt both come alike.
+**In words** (second row) the base comes about as near as Infusion to Milo, Tuna and Bolt, nearer to Beetle (green and pink), less near to Brew.
 
-**The losses** below: on fresh photos in other places Infusion's is below the base's for four of the five (Beetle's is 0.001 above), and below the single stream's for all five; the full fine-tune's is above the base's for
-four of the five, though on the photos themselves it is lowest by far.
+**The losses** below: on fresh photos in other places Infusion's is below the base's for all five, as the single stream's; the full fine-tune's is above the base's for three of the five, though on the photos themselves it is lowest by far.
 """
 
 
