@@ -143,10 +143,10 @@ def main(docs: Path = Path("docs"), work: Path = Path("outputs/subjects"), only:
 
 # What was seen in the sheets, in plain words; look at them again whenever they are drawn anew.
 READING = """
-**What carries over.** Colours, in patches of about the right size, into every background, in the place that the base drew: Milo's purple and yellow, Tuna's blue and orange stripes under a dark hat, Bolt's red and white body with a white head, Brew's blue with orange, red where its scarf is and a dark rim. The composition
+**What carries over.** Colours, in patches of about the right size, into every background, mostly in the place that the base drew (not Milo in space, nor Beetle in space, in the sketch and in neon): Milo's purple and yellow, Tuna's blue and orange stripes under a dark hat, Bolt's red and white body with a white head, Brew's blue with orange, red where its scarf is and a dark rim. The composition
 stays the base's: horizon, skyline and window hardly move. The cat and the car of the last two columns are the base's pictures, bit for bit.
 
-**What does not.** Beetle's green and pink checks come as white, pink and dark grey: its colours are lost. Dots become patches; faces, Bolt's star and Brew's handle do not come. Residuals learned on photos tint sketches and sepia (Milo, Brew). Milo in space comes out twice as wide as the base's dog. Next to a car, Milo darkens it and Beetle's
+**What does not.** Beetle's green and pink checks come as white, pink and dark grey: its colours are lost. Dots become patches; faces, Bolt's star and Brew's handle do not come. Residuals learned on photos tint sketches and sepia (Milo, Bolt, Brew). Milo in space comes out twice as wide as the base's dog. Next to a car, Milo darkens it and Beetle's
 colours go into the second one.
 
 **Single stream**: nearly the same pictures for four of the five. Bolt it draws in the centre of the snow, the city, the sketch and the neon picture, where the photos had it; the base has it at the side there, and Infusion keeps it there.

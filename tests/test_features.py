@@ -147,7 +147,7 @@ def test_judged_figures():
     assert found.attributes.value == pytest.approx(sum(ours) / 3)
     assert found.attributes_above.value == pytest.approx((sum(ours) - sum(theirs)) / 3)
     assert found.text.value == pytest.approx((1 + 0.5 + 0.5) / 3)  # background, style and, in the first, position
-    assert found.likeness.value == pytest.approx(2 / 3 * 48**0.5, rel=1e-4)
+    assert found.likeness.value == pytest.approx(48**0.5, rel=1e-4)  # nothing was found in the third
     assert found.leaks.keys() == {"background", "position"}  # no prompt asks for another style
     assert found.leaks["background"].custom.value == 0.5
     assert found.leaks["background"].base.value == 0.5
@@ -155,9 +155,19 @@ def test_judged_figures():
     assert found.leaks["position"].custom.value == 0
 
 
+def test_a_sketch_is_not_asked_for_colours():
+    photo = Reading("beach", "photo", (reading("dog", "red"),))
+    sketch = Reading("snow", "sketch", (reading("dog", None),))
+    judge = Told([sketch], [photo], [photo])
+    found = judged_figures(judge, *(pictures(1, i) for i in range(3)), ["a sketch of a dog in the snow"])
+    assert found.attributes.value == pytest.approx(
+        sum(getattr(sketch.subjects[0], n) == getattr(photo.subjects[0], n) for n in ("pattern", "accessory")) / 2
+    )
+
+
 def test_photos_without_a_subject_are_no_error():
     empty = Reading("beach", "photo", ())
     found = judged_figures(Told([empty], [empty], [empty]), *(pictures(1, i) for i in range(3)), ["a dog"])
-    assert found.likeness.value == 0
+    assert found.likeness is None
     assert found.text is None
     assert found.leaks == {}

@@ -113,12 +113,14 @@ def test_errors(tmp_path):
 def test_sixteen_bits_are_scaled_not_cut(tmp_path):
     grey = np.tile(np.array([0, 256, 32768, 65535], np.uint16), (4, 1))
     Image.fromarray(grey).save(tmp_path / "a.png")
-    (photo,) = load_photos(tmp_path)
-    assert [photo.image.getpixel((x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
+    for photos in (load_photos(tmp_path), load_photos([Image.fromarray(grey)])):
+        assert [photos[0].image.getpixel((x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
+    Image.fromarray(grey // 65535 * 255).save(tmp_path / "a-mask.png")  # 16 bits that hold 8
+    assert load_photos(tmp_path)[0].mask.getpixel((3, 0)) == 255
 
 
 def test_a_picture_of_another_kind_under_a_pictures_name(tmp_path):
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.eps")
-    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.gif")
+    (tmp_path / "a.gif").rename(tmp_path / "a.png")
     with pytest.raises(InfusionError, match="cannot be read as a picture"):
         load_photos(tmp_path)

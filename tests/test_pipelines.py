@@ -417,9 +417,9 @@ def test_refusals(pipe, milo):
 def test_a_pipelines_own_encode_prompt_is_called_and_comes_back(pipe, milo):
     seen = []
 
-    def own(*args, **kwargs):
-        seen.append(kwargs.get("prompt", args[0] if args else None))
-        return type(pipe).encode_prompt(pipe, *args, **kwargs)
+    def own(prompt, device, copies, guided, negative=None, **kwargs):
+        seen.append(prompt)
+        return type(pipe).encode_prompt(pipe, prompt, device, copies, guided, negative, **kwargs)
 
     pipe.encode_prompt = own
     try:

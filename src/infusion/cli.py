@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -204,9 +205,10 @@ def generate(
         from infusion.sheets import square_grid
 
         concepts = [Concept.load(path) for path in concept or []]
-        _check_names(prompts, negative, concepts)
+        _check_names(prompts, concepts)
         _writable(out / "contact-sheet.png")
         pipe = load_base(base, device, dtype, prediction)
+        _check_negative(negative, pipe.tokenizer.get_vocab())
         texts = [p for p in prompts for _ in range(count)]
         seeds = [seed + i for _ in prompts for i in range(count)]
         details = {
@@ -364,14 +366,21 @@ def _known_word(base: str, word: str) -> None:
         )
 
 
-def _check_names(prompts: list[str], negative: str | None, concepts: list[Any]) -> None:
-    """Refuse `<name>` where no concept is loaded or it has no effect: it would reach the base as plain text. Tell of concepts that nobody calls."""
+def _check_negative(negative: str | None, known: Mapping[str, int]) -> None:
+    """Refuse `<name>` in the negative prompt, except words that the tokenizer knows."""
     from infusion.prompts import TAG
 
-    if negative and (tag := TAG.search(negative)):
-        raise InfusionError(
-            f"The negative prompt names {tag[0]}; concepts have no effect there, so write the class word instead."
-        )
+    for tag in TAG.finditer(negative or ""):
+        if tag[0] not in known:
+            raise InfusionError(
+                f"The negative prompt names {tag[0]}; concepts have no effect there, so write the class word instead."
+            )
+
+
+def _check_names(prompts: list[str], concepts: list[Any]) -> None:
+    """Refuse `<name>` where no concept is loaded: it would reach the base as plain text. Tell of concepts that nobody calls."""
+    from infusion.prompts import TAG
+
     called = {tag["name"]: tag[0] for prompt in prompts for tag in TAG.finditer(prompt)}
     if called and not concepts:
         raise InfusionError(

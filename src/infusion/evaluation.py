@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 from torch import Tensor
 
+from infusion.config import hold_types
 from infusion.errors import InfusionError
 from infusion.features import FeatureFigures, Features, feature_figures, left_out
 from infusion.generation import Picture, Progress, denoiser, generate, of_each
@@ -70,6 +71,7 @@ class EvaluateConfig:
     batch: int | None = None
 
     def __post_init__(self) -> None:
+        hold_types(self)
         for name in ("seeds", "other_seeds", "dimensions"):
             if getattr(self, name) < 2:
                 raise InfusionError(

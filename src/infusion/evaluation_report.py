@@ -34,7 +34,7 @@ def write_report(
             Grid(
                 "Beside the base",
                 "One seed of each prompt.",
-                [p.format(e.subject) for p in e.config.prompts],
+                [p.replace("{}", e.subject) for p in e.config.prompts],
                 first,
                 f"With {e.subject}",
             ),
@@ -93,10 +93,9 @@ def _feature_facts(f: Figures) -> list[tuple[str, str]]:
             ("The same, above the base's", str(x.preservation_above)),
         ]
     if j := f.judged:
-        facts += [
-            ("Judge: like the photos' subject", str(j.likeness)),
-            ("The same, above the base's", str(j.likeness_above)),
-        ]
+        if j.likeness and j.likeness_above:
+            facts += [("Judge: like the photos' subject, where one is found", str(j.likeness))]
+            facts += [("The same, above the base's", str(j.likeness_above))]
         if j.attributes and j.attributes_above:
             facts += [("Judge: the subject's colours, pattern and accessory", str(j.attributes))]
             facts += [("The same, above the base's", str(j.attributes_above))]

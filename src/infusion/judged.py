@@ -15,18 +15,19 @@ from infusion.metrics.estimate import Estimate, bootstrap, paired
 from infusion.metrics.leaks import Leak, leak
 from infusion.world.judge import Judge, Reading
 from infusion.world.questions import asked_in, meant, shown
-from infusion.world.truth import ATTRIBUTES, TEXT
+from infusion.world.truth import ATTRIBUTES, COLORED, TEXT
 
 
 @dataclass(frozen=True)
 class JudgedFigures:
-    """likeness: cosine of the judge's embedding to the photos' subject. attributes: mean share of the subject's colours, pattern and
+    """likeness: cosine of the judge's embedding to the photos' subject, where a subject is found in both a picture and the base's; None where
+    none is. attributes: mean share of the subject's colours (where the style asked for shows any), pattern and
     accessory, as the judge reads them from the photos, that a picture shows too. text: share of background, style and position asked for that are
     there. Each with the paired difference to the base. leaks: how often the photos' own comes back where another was asked
     for; only what all photos share is looked for."""
 
-    likeness: Estimate
-    likeness_above: Estimate
+    likeness: Estimate | None
+    likeness_above: Estimate | None
     attributes: Estimate | None
     attributes_above: Estimate | None
     text: Estimate | None
@@ -45,11 +46,14 @@ def judged_figures(
     """Figures of pictures (n) beside the base's (n) of the same prompts (n) and seeds. kind: the subject's class, by which it is told from another
     in a picture of two."""
     ours, theirs, real = (judge.read(stacked(part)) for part in (custom, base, photos))
-    truth = photo_embedding(real)
-    like = [torch.tensor([likeness(r, truth, kind) for r in part]) for part in (ours, theirs)]
-    common = {name: _common([shown(r)[name] for r in real]) for name in (*ATTRIBUTES, *TEXT)}
-    right = [[_share(shown(r, kind), {n: common[n] for n in ATTRIBUTES}) for r in part] for part in (ours, theirs)]
+    truth = photo_embedding(real, kind)
+    like = [[likeness(r, truth, kind) or None for r in part] for part in (ours, theirs)]  # 0: no subject
+    common = {name: _common([shown(r, kind)[name] for r in real]) for name in (*ATTRIBUTES, *TEXT)}
     asked = [asked_in(p) for p in prompts]
+    visible = [
+        {n: common[n] for n in ATTRIBUTES if "color" not in n or a.get("style") in (None, *COLORED)} for a in asked
+    ]
+    right = [[_share(shown(r, kind), v) for r, v in zip(part, visible, strict=True)] for part in (ours, theirs)]
     follows = [[_share(shown(r, kind), a) for r, a in zip(part, asked, strict=True)] for part in (ours, theirs)]
     leaks = {}
     for name in TEXT:
@@ -60,8 +64,7 @@ def judged_figures(
                 leaks[name] = leak(*([shown(r, kind)[name] for r in part] for part in (ours, theirs)), wanted, trained)
             except ValueError:  # no picture of these could be read
                 continue
-    attributes, text = _both(right), _both(follows)
-    return JudgedFigures(bootstrap(like[0]), paired(like[0], like[1]), *attributes, *text, leaks)
+    return JudgedFigures(*_both(like), *_both(right), *_both(follows), leaks)
 
 
 def _both(shares: Sequence[Sequence[float | None]]) -> tuple[Estimate | None, Estimate | None]:
@@ -83,9 +86,9 @@ def _common(values: Sequence[str | None]) -> str | None:
     return value if count > len(values) / 2 else None
 
 
-def photo_embedding(photos: Sequence[Reading]) -> Tensor | None:
-    """The subject's mean embedding over its photos, of unit length; None where no photo shows one."""
-    found = [r.subjects[0].embedding for r in photos if r.subjects]
+def photo_embedding(photos: Sequence[Reading], kind: str | None = None) -> Tensor | None:
+    """The mean embedding over its photos of the subject that is `meant`, of unit length; None where no photo shows one."""
+    found = [subject.embedding for r in photos if (subject := meant(r, kind))]
     return torch.nn.functional.normalize(torch.stack(found).mean(0), dim=0) if found else None
 
 

@@ -89,17 +89,24 @@ def _open(path: Path) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             turned = ImageOps.exif_transpose(image)
             turned.load()
-            return _eight_bits(turned)
+            return turned
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise InfusionError(f"{str(path)!r} cannot be read as a picture ({error}); replace or remove it.") from None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits, which converting would cut at 255."""
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I") else image
+    """Grey of more than 8 bits scaled to 8, which converting would cut at 255."""
+    if not image.mode.startswith("I") or (values := np.asarray(image)).max() < 256:
+        return image
+    clear = image.info.get("transparency")
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    if clear is not None:
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _with_alpha(image: Image.Image) -> Photo:
+    image = _eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         alpha = rgba.getchannel("A")

@@ -202,13 +202,12 @@ class _Session:
             return
         self.own[id(pipe)] = {method: pipe.__dict__[method] for method in _REPLACED if method in pipe.__dict__}
         stock = pipe.encode_prompt
-        signature = inspect.signature(
-            functools.partial(type(pipe).encode_prompt, pipe)
-        )  # the names; one of its own may be (*args)
+        # The class's, for the arguments' names: a method of the pipeline's own may take (*args, **kwargs).
+        signature = inspect.signature(functools.partial(type(pipe).encode_prompt, pipe))
 
         @functools.wraps(stock)
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            return self.encode(pipe, signature.bind(*args, **kwargs))
+            return self.encode(pipe, signature.bind(*args, **kwargs), len(args))
 
         free = pipe.maybe_free_model_hooks
 
@@ -243,9 +242,9 @@ class _Session:
         self.streams.plans = [plan for _, plan in self.calls]
         return unmet
 
-    def encode(self, pipe: DiffusionPipeline, call: inspect.BoundArguments) -> Any:
-        """Encode a prompt with the pipeline's own method, names replaced, and plan the rows."""
-        result, rows = self._encoded(pipe, call)
+    def encode(self, pipe: DiffusionPipeline, call: inspect.BoundArguments, by_place: int) -> Any:
+        """Encode a prompt with the pipeline's own method, names replaced, and plan the rows. by_place: how many arguments were given so."""
+        result, rows = self._encoded(pipe, call, by_place)
         given = call.arguments
         if any(rows) and given.get("prompt_embeds") is None:
             self.encoded = [e for e in self.encoded if e[0]() is not None]
@@ -254,9 +253,15 @@ class _Session:
             self.begun(pipe, Plan(rows or ((),) * len(result[0]), result[0], given.get("do_classifier_free_guidance")))
         return result
 
-    def _encoded(self, pipe: DiffusionPipeline, call: inspect.BoundArguments) -> tuple[Any, Rows]:
+    def _encoded(self, pipe: DiffusionPipeline, call: inspect.BoundArguments, by_place: int) -> tuple[Any, Rows]:
         """What the pipeline's own method makes of the prompt without names, and the mentions of its rows."""
-        stock = self.own[id(pipe)].get("encode_prompt") or functools.partial(type(pipe).encode_prompt, pipe)
+        method = self.own[id(pipe)].get("encode_prompt") or functools.partial(type(pipe).encode_prompt, pipe)
+
+        def stock() -> Any:
+            places = list(call.signature.parameters)
+            named = dict(zip(places, call.args, strict=False)) | call.kwargs
+            return method(*call.args[:by_place], **{k: v for k, v in named.items() if k not in places[:by_place]})
+
         given = call.arguments
         words = {name: c.word for a in self.attachments for name, c in a.concepts.items()}
         for key in ("negative_prompt", "negative_prompt_2"):
@@ -265,11 +270,11 @@ class _Session:
         copies = given.get("num_images_per_prompt", 1)
         if given.get("prompt_embeds") is not None:
             rows = self._rows_of(given["prompt_embeds"])
-            return stock(*call.args, **call.kwargs), tuple(row for row in rows for _ in range(copies))
+            return stock(), tuple(row for row in rows for _ in range(copies))
         parsed = _parse(pipe, given.get("prompt"), words, "tokenizer")
         parsed_2 = _parse(pipe, given.get("prompt_2") or given.get("prompt"), words, "tokenizer_2")
         if not any(p.mentions for p in (*parsed, *parsed_2)):
-            return stock(*call.args, **call.kwargs), ()
+            return stock(), ()
         if parsed_2 and [p.mentions for p in parsed] != [p.mentions for p in parsed_2]:
             raise InfusionError(
                 "prompt and prompt_2 must name the same concepts at the same places; leave prompt_2 out, or begin both alike."
@@ -278,7 +283,7 @@ class _Session:
             if given.get(key) is not None:
                 given[key] = texts[0].text if isinstance(given[key], str) else [p.text for p in texts]
         rows = tuple(self._weighted(p.mentions) for p in parsed for _ in range(copies))
-        return stock(*call.args, **call.kwargs), rows
+        return stock(), rows
 
     def _rows_of(self, states: Tensor) -> Rows:
         """The rows of states that were encoded here; others carry no concept. Raises InfusionError for one that is detached by now."""

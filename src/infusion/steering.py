@@ -7,13 +7,14 @@ photos, keep the best.
 
 Works for every method of `infusion.methods`, on any base. A picture repeats the photos' background when, outside the subject, it is
 more like a photo than nine in ten of the base's own pictures of the same prompts and seeds are; it repeats their position when its subject,
-as the base's attention finds it, stands where a photo's does, though left or right was asked for.
+as the base's attention finds it, stands where a photo's does and not at the side that was asked for.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from torch import Tensor
 
+from infusion.config import hold_types
 from infusion.errors import InfusionError
 from infusion.evaluation import OTHERS, PROMPTS, forgetting, unrelated
 from infusion.generation import Progress, generate, of_each
@@ -61,6 +63,7 @@ class SteerConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        hold_types(self)
         for field, least in (("every", 0), ("seeds", 2), ("steps", 1)):
             if getattr(self, field) < least:
                 raise InfusionError(f"{field} is {getattr(self, field)}; it must be at least {least}.")
@@ -160,7 +163,7 @@ def repeats_place(shown: Tensor, photos: Tensor, asked: Sequence[int]) -> Tensor
 
 
 def _side(prompt: str) -> int:
-    words = prompt.lower().split()
+    words = re.findall(r"\w+", prompt.lower())
     return ("right" in words) - ("left" in words)
 
 
@@ -218,7 +221,7 @@ class _Watch:
     def _drawn(self, pipe: DiffusionPipeline, subject: str, seed: int, label: str) -> tuple[Tensor, Tensor]:
         """Latents of the pictures of the prompts and of the positioned prompts, `seeds` of each."""
         c = self.config
-        texts, seeds = of_each([p.format(subject) for p in (*c.prompts, *c.positioned)], c.seeds, seed)
+        texts, seeds = of_each([p.replace("{}", subject) for p in (*c.prompts, *c.positioned)], c.seeds, seed)
         pictures = generate(pipe, texts, seeds, c.steps, c.guidance_scale, on_step=lambda a, b: self.told(label, a, b))
         latents = encode_pictures(self.pipe, [p.image for p in pictures])
         n = len(c.prompts) * c.seeds

@@ -41,6 +41,7 @@ def record(label: str, readings: list[dict], *, subject: int = 0, method: str | 
 FLOOR = record("class-word", [{}, {"background": "city", "style": "sketch"}], step=0, samples=0)
 LEAKY = record(
     "dreambooth",
-    [{"background": "beach", "position": "center", "color2": None}, {"background": "beach", "style": "photo", "pattern": "plain"}],
-    forgetting=0.02, to_nearest_photo=0.1,
+    [{"background": "beach", "position": "center", "color2": None, "to_nearest_photo": 0.1},
+     {"background": "beach", "style": "photo", "pattern": "plain", "to_nearest_photo": 0.1}],
+    forgetting=0.02, prior_likeness=[0.5, 0.3],
 )  # fmt: skip

@@ -29,6 +29,25 @@ def test_a_picture_without_a_subject_is_told():
     assert coverage(blind, point, ["color1", "pattern"]) == pytest.approx(2 / 3)  # a sketch has no colours to tell
 
 
+def test_a_subject_whose_class_cannot_be_told_is_there():
+    unsure = record("x", [{"kind": None, "pattern": None}, {}])
+    point = unsure["points"][0]
+    assert share(unsure, point, ["pattern"], told_only=True) == 1
+    assert coverage(unsure, point, ["pattern"]) == 0.5
+    assert point_figures(unsure, point, None)["missing"] == 0
+
+
+def test_pictures_without_a_subject_have_no_likeness():
+    nothing = {"position": None, "kind": None, "like_subject": 0.0}
+    half = record("x", [nothing, {"like_subject": 0.6}], prior_likeness=[0.0, 0.4])
+    f = point_figures(half, half["points"][0], FLOOR["points"][0])
+    assert (f["likeness"], f["missing"]) == (0.6, 0.5)
+    assert f["prior_likeness_above"] == pytest.approx(0.4 - 0.2)
+    none = record("x", [nothing, nothing], prior_likeness=[0.0, 0.0])
+    f = point_figures(none, none["points"][0], FLOOR["points"][0])
+    assert (f["likeness"], f["missing"], f["prior_likeness_above"]) == (None, 1, None)
+
+
 def test_leaks_are_above_the_base():
     floor = FLOOR["points"][0]
     rates = lambda r, name: (f := leak(r, r["points"][0], floor, name)) and (f.custom.value, f.base.value, f.unread)  # noqa: E731
@@ -44,8 +63,8 @@ def test_figures_of_a_point():
     assert f["text"] == pytest.approx((0 + 0.5 + 0) / 3)
     assert f["text_beside_base"] == pytest.approx(1 / 6 - 1)
     assert f["leak_background"] == 1
-    assert f["nearer_than_base"] == pytest.approx(0)
-    assert f["prior_likeness_above"] == pytest.approx(0)
+    assert f["nearer_than_base"] == pytest.approx(0.2 - 0.1)
+    assert f["prior_likeness_above"] == pytest.approx(0.4 - 0.2)
     assert "leak_background" not in point_figures(LEAKY, LEAKY["points"][0], None)
 
 

@@ -15,6 +15,7 @@ from tests.bench.records import FLOOR, LEAKY, record
     [
         ({"base": "other"}, "more than one base"),
         ({"judge": "other"}, "more than one judge"),
+        ({"job": {**LEAKY["job"], "label": "other", "pictures": 4}}, "more than one number of pictures a prompt"),
         ({"job": {**LEAKY["job"], "settings": {"learning_rate": 1.0}}}, "'dreambooth' are of more than one setting"),
     ],
 )

@@ -185,6 +185,7 @@ def test_pairs_of_one_individual_and_of_twins():
     assert twin_pairs(told).tolist() == [[0, 2], [1, 2]]  # a sketch shows no colour
     assert sorted(twin_pairs(told, of_shape=True).tolist()) == [[4, 7], [5, 7]]
     assert auc(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0])) == 0.75
+    assert auc(torch.tensor([0.0, 0.0]), torch.tensor([0.0, -5.0])) == 0.75  # a tie counts half
 
 
 def test_evidence_is_the_ratio_of_likelihoods_where_heads_differ():

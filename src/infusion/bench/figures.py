@@ -34,7 +34,12 @@ def paired_requests(record: Record, point: Mapping[str, Any]) -> list[tuple[Mapp
 
 def told(reading: Mapping[str, Any], name: str) -> bool:
     """Whether the judge says anything of it. A picture without a subject is told: it shows nothing of the subject's."""
-    return reading[name] is not None or (name not in SCENE_HEADS and reading["kind"] is None)
+    return reading[name] is not None or (name not in SCENE_HEADS and missing(reading))
+
+
+def missing(reading: Mapping[str, Any]) -> bool:
+    """Whether no subject was found: one that is found has a place, whatever else the judge can tell of it."""
+    return reading["position"] is None
 
 
 def share(record: Record, point: Mapping[str, Any], names: Sequence[str], told_only: bool = False) -> float | None:
@@ -83,10 +88,11 @@ def point_figures(record: Record, point: Mapping[str, Any], floor: Mapping[str, 
         "fidelity_told": share(record, point, ATTRIBUTES, told_only=True),
         "told": coverage(record, point, ATTRIBUTES),
         **{name: share(record, point, [name]) for name in (*ATTRIBUTES, "kind", *TEXT)},
-        "likeness": average("like_subject"),
+        "likeness": _mean(_found(r["like_subject"] for r in readings)),
+        "missing": sum(missing(r) for r in readings) / len(readings),
         "text": share(record, point, TEXT),
         "text_told": share(record, point, TEXT, told_only=True),
-        "prior_likeness": _mean(point["prior_likeness"]),
+        "prior_likeness": _mean(_found(point["prior_likeness"])),
         "to_nearest_photo": average("to_nearest_photo"),
         "forgetting": point["forgetting"],
         "forgetting_class_word": point["forgetting_class_word"],
@@ -98,13 +104,16 @@ def point_figures(record: Record, point: Mapping[str, Any], floor: Mapping[str, 
             leaked = leak(record, point, floor, name)
             figures[f"leak_{name}"] = leaked.above.value if leaked else None
             figures[f"leak_{name}_n"] = leaked.custom.n if leaked else None
+            figures[f"leak_{name}_hits"] = (
+                round((leaked.custom.value + leaked.base.value) * leaked.custom.n) if leaked else None
+            )
         for name, told_only in (("text", False), ("text_told", True)):
             value, base_value = figures[name], share(record, floor, TEXT, told_only)
             if value is not None and base_value is not None:
                 figures[f"{name}_beside_base"] = value - base_value
         nearest = _mean([r["to_nearest_photo"] for r in floor["readings"]])
-        figures["nearer_than_base"] = nearest - average("to_nearest_photo")
-        figures["prior_likeness_above"] = _mean(point["prior_likeness"]) - _mean(floor["prior_likeness"])
+        figures["nearer_than_base"] = _minus(nearest, average("to_nearest_photo"))
+        figures["prior_likeness_above"] = _minus(figures["prior_likeness"], _mean(_found(floor["prior_likeness"])))
     return figures
 
 
@@ -192,13 +201,19 @@ def pooled(rows: BySubject, name: str) -> Estimate | None:
     return mean(torch.tensor(values, dtype=torch.float64)) if values else None
 
 
-def counted(rows: BySubject, name: str) -> int:
-    """Pictures behind a leak's figure, over all subjects and jobs."""
-    return sum(int(job.get(f"{name}_n") or 0) for jobs in rows.values() for job in jobs.values())
+def counted(rows: BySubject, name: str) -> tuple[int, int]:
+    """Behind a leak's figure, over all subjects and jobs: pictures, and how many of them and of the base's leak."""
+    jobs = [job for jobs in rows.values() for job in jobs.values()]
+    return sum(int(j.get(f"{name}_n") or 0) for j in jobs), sum(int(j.get(f"{name}_hits") or 0) for j in jobs)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _found(cosines: Iterable[float]) -> list[float]:
+    """The cosines of pictures that show a subject: 0 stands for one that does not (`judged.likeness`)."""
+    return [value for value in cosines if value != 0]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _minus(a: float | None, b: float | None) -> float | None:

@@ -40,6 +40,8 @@ def refuse_mixtures(records: Sequence[Record]) -> None:
         ("base", lambda r: r["base"]),
         ("judge", lambda r: r.get("judge")),
         ("split", lambda r: r["job"]["split"]),
+        ("number of pictures a prompt", lambda r: r["job"]["pictures"]),
+        ("number of denoising steps", lambda r: r["job"]["denoising_steps"]),
     ):
         values: set[Any] = {of(r) for r in records} - {None}
         if len(values) > 1:

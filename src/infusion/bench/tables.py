@@ -30,6 +30,7 @@ EVERY = (
     ("fidelity_told", "where told", "%"),
     ("told", "told", "%"),
     ("likeness", "likeness", ""),
+    ("missing", "no subject", "%"),
     ("kind", "class", "%"),
     ("text", "text followed", "%"),
     ("text_beside_base", "beside the base", "pp"),
@@ -103,14 +104,14 @@ def page(
         "Every subject is learned from four photos that show it in one background, style and position; every prompt asks for another background, most for another style or position. "
         "What a picture shows is read by the judge (`docs/world.md`). Same hands made world, judge, base and methods: the figures hold for this world.",
         "",
-        "Built by `infusion bench report`; run by `infusion bench run`. Intervals are Student's over subjects, 95 %; n is the number of subjects. A figure without one is the same for every subject.",
+        "Built by `infusion bench report`; run by `infusion bench run`. Intervals are Student's over subjects, 95 %; n is the number of subjects; of one there is no interval. Another figure without one is the same for every subject.",
         "",
         *([reading.strip(), ""] if reading else []),
         "## At the last point",
         "",
         *_table(found, SHORT),
         "",
-        "Subject fidelity: mean share of right first colour, second colour, pattern and accessory; what the judge cannot tell is wrong. Likeness: cosine of the judge's embedding to the photos' subject. "
+        "Subject fidelity: mean share of right first colour, second colour, pattern and accessory; what the judge cannot tell is wrong. Likeness: cosine of the judge's embedding to the photos' subject, where a subject is found. "
         "Text: background, style and place as asked, minus the base's own on the same prompts and seeds. "
         "Leak: how often the photos' background or position comes back where another was asked for, above the base's rate on the same prompts and seeds. LFD: latent Fisher divergence, eps form. "
         "class-word and described learn nothing: the floor and what words alone can do.",
@@ -124,8 +125,8 @@ def page(
         "",
         *_table(found, EVERY),
         "",
-        'What the judge cannot tell does not count where it says "where told"; "told" is how much it tells, of other pictures for every method. '
-        "W2²: how far the pictures lie from the base's of the same prompts and seeds; grows with what is learned, so compare it at equal fidelity. Variety: mean distance among pictures of one prompt. "
+        'What the judge cannot tell does not count where it says "where told"; "told" is how much it tells, of other pictures for every method; a picture in which no subject is found is told, and wrong. '
+        "W2²: exact optimal transport between the pictures and the base's of the same prompts and seeds, in the first 16 principal components of the two sets' latents; grows with what is learned, so compare it at equal fidelity. Variety: mean distance among pictures of one prompt. "
         "PRES: likeness of pictures of the plain class word to the subject. Nearer to a photo: how much smaller the pixel distance to the nearest photo is than the base's.",
         "",
         "## Cost",
@@ -158,7 +159,7 @@ def _table(found: dict, columns: Sequence[tuple[str, str, str]]) -> list[str]:
     columns = [c for c in columns if any(pooled(last, c[0]) for last in ends.values())]
     rows = [f"| method | {' | '.join(label for _, label, _ in columns)} | n |", "|---" * (len(columns) + 2) + "|"]
     for label, last in ends.items():
-        cells = [_cell(pooled(last, name), unit, counted(last, name)) for name, _, unit in columns]
+        cells = [_cell(pooled(last, name), unit, *counted(last, name), of=len(last)) for name, _, unit in columns]
         rows.append(f"| {label} | {' | '.join(cells)} | {len(last)} |")
     return rows
 
@@ -196,16 +197,18 @@ def _beside(found: dict, label: str) -> list[str]:
     return [*lines, ""]
 
 
-def _cell(e: Estimate | None, unit: str, pictures: int = 0) -> str:
-    """pictures: how many a leak was looked for in. Where none has it, subjects do not differ and say nothing of how sure that is; Wilson's upper
-    end does, as if all pictures were independent."""
+def _cell(e: Estimate | None, unit: str, pictures: int = 0, hits: int = 0, of: int = 0) -> str:
+    """pictures: how many a leak was looked for in, hits: how many of these and of the base's have it. Where none has, subjects do not differ
+    and say nothing of how sure that is; Wilson's upper end does, as if all pictures were independent. of: subjects in the row; a figure of fewer
+    says so."""
     if e is None:
         return ""
-    if pictures and e.value == e.low == e.high == 0:
+    if pictures and not hits:
         return f"0 of {pictures} [0, {100 * rate(torch.zeros(pictures)).high:.1f}]"
     scale, shape = {"%": (100, ".1f"), "pp": (100, "+.1f"), "e": (1, ".2g")}.get(unit, (1, ".3g"))
     value, low, high = (f"{scale * x:{shape}}" for x in (e.value, e.low, e.high))
-    return f"{value} [{low}, {high}]" if e.n > 1 and e.low < e.high else value
+    fewer = f" (n = {e.n})" if of and e.n != of else ""
+    return (f"{value} [{low}, {high}]" if e.n > 1 and e.low < e.high else value) + fewer
 
 
 def _costs(records: Sequence[Record], found: dict) -> list[str]:

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from infusion.concept import Concept
+from infusion.config import hold_types
 from infusion.errors import InfusionError
 from infusion.lesson import Lesson
 from infusion.methods.interface import MethodState, check_precision
@@ -35,6 +36,7 @@ class KeyValueConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        hold_types(self)
         if self.on not in ("k", "v", "kv"):
             raise InfusionError(f"on is {self.on!r}; use 'k', 'v' or 'kv'.")
 

@@ -163,9 +163,10 @@ def examine_told(judge: Judge, data: Families, autoencoder: AutoencoderKL, batch
 
 
 def auc(positive: Tensor, negative: Tensor) -> float:
-    """Area under the ROC curve: how often a value of `positive` is above one of `negative`."""
-    below = torch.searchsorted(negative.sort().values, positive).double()
-    return float(below.mean() / len(negative))
+    """Area under the ROC curve: how often a value of `positive` is above one of `negative`; a tie counts half."""
+    ranked = negative.sort().values
+    below, upto = (torch.searchsorted(ranked, positive, right=right).double() for right in (False, True))
+    return float((below + upto).mean() / 2 / len(negative))
 
 
 def stranger_pairs(labels: Labels) -> Tensor:
