@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -208,7 +208,7 @@ def generate(
         _check_names(prompts, concepts)
         _writable(out / "contact-sheet.png")
         pipe = load_base(base, device, dtype, prediction)
-        _check_negative(negative, pipe.tokenizer.get_vocab())
+        _check_negative(negative, {*pipe.tokenizer.get_vocab(), *(f"<{c.name}>" for c in concepts)})
         texts = [p for p in prompts for _ in range(count)]
         seeds = [seed + i for _ in prompts for i in range(count)]
         details = {
@@ -366,8 +366,8 @@ def _known_word(base: str, word: str) -> None:
         )
 
 
-def _check_negative(negative: str | None, known: Mapping[str, int]) -> None:
-    """Refuse `<name>` in the negative prompt, except words that the tokenizer knows."""
+def _check_negative(negative: str | None, known: Set[str]) -> None:
+    """Refuse `<name>` in the negative prompt, except words that the tokenizer knows and concepts, of which the pipeline says more."""
     from infusion.prompts import TAG
 
     for tag in TAG.finditer(negative or ""):

@@ -9,7 +9,7 @@ import pytest
 from infusion.bench.grid import REFERENCES, jobs, load_grid
 from infusion.bench.subjects import PHOTOS, case, requests
 from infusion.errors import InfusionError
-from infusion.methods import METHODS, STRENGTH
+from infusion.methods import METHODS
 from infusion.world.scenes import few_modalities, render
 from infusion.world.vocabulary import BACKGROUNDS, CLASSES
 
@@ -19,7 +19,8 @@ def test_the_defaults_hold_every_method():
     todo = jobs(grid)
     assert len(todo) == grid.subjects * len(grid.methods)
     assert len({job.name for job in todo}) == len(todo)
-    assert {job.method for job in todo if job.strengths == (1.0, 0.5)} == {*STRENGTH}
+    assert {job.label for job in todo if job.strengths == (1.0, 0.5)} == {"infusion"}
+    assert {job.strengths for job in todo if job.label != "infusion"} == {(1.0,)}
     assert {job.subject for job in todo[: len(grid.methods)]} == {0}  # whole subjects first
     assert {job.method for job in todo} == {*METHODS, *REFERENCES} - {"key-value"}  # an ablation, not in the grid
     single = next(job for job in todo if job.label == "single-stream")

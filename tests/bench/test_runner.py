@@ -53,9 +53,10 @@ def slow_after_the_first(job: Job, threads: int) -> dict:
 
 def test_an_interrupted_run_does_not_wait_for_the_jobs_under_way(tmp_path):
     todo = jobs(load_grid(None, {"subjects": 3, "methods": {"infusion": {}}}))
+    others = {*multiprocessing.active_children()}
     running = run_jobs(todo, tmp_path, 2, one=slow_after_the_first)
     next(running)
-    workers = multiprocessing.active_children()
+    workers = {*multiprocessing.active_children()} - others
     running.close()
     for worker in workers:
         worker.join(20)

@@ -26,7 +26,8 @@ def guess():
 @pytest.mark.parametrize("label", ["class-word", "infusion", "dreambooth-prior", "perfusion"])
 def test_a_job(label, guess, monkeypatch):
     monkeypatch.setattr(trial, "load_judge", lambda: guess)
-    settings = {"methods.dreambooth-prior.prior": 2} if label == "dreambooth-prior" else {}
+    prior = {"methods.dreambooth-prior.prior": 2, "methods.dreambooth-prior.strengths": [1.0, 0.5]}
+    settings = prior if label == "dreambooth-prior" else {}
     (job,) = jobs(load_grid(None, SMALL | settings), (label,))
     record = json.loads(json.dumps(trial.run_job(job, threads=torch.get_num_threads()), allow_nan=False))
     drawn = [(p["step"], p["strength"]) for p in record["points"]]
