@@ -17,7 +17,7 @@ from PIL import Image
 from infusion.base import load_base
 from infusion.cli import main
 from infusion.concept import Concept, summary
-from infusion.demo import MILO, draw_photos
+from infusion.demo import MILO, _claim, draw_photos
 from tests.conftest import random_concept
 
 
@@ -206,6 +206,9 @@ def test_the_demo_writes_over_nothing_of_others(run, tmp_path):
     assert code == 2
     assert "is not empty; give -o a new folder" in said
     assert [p.name for p in tmp_path.iterdir()] == ["1.png"]
+    _claim(tmp_path / "new")
+    (tmp_path / "new" / "report.html").touch()
+    _claim(tmp_path / "new")  # an earlier demo's
 
 
 def test_an_error_on_the_way_keeps_what_was_learned_and_what_was_there(run, photos, tmp_path, monkeypatch):

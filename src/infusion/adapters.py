@@ -53,9 +53,8 @@ def load_adapter(path: str | Path, word: str, subject: str | None = None) -> Ada
     if any(key.startswith("infusion.") for key in metadata):
         concept = Concept.load(path)
         called = _naming(subject, f"<{concept.name}>", f"<{concept.name}:")
-        return ConceptAdapter(
-            called, concept, bool(concept.settings.get("two_streams", True))
-        )  # drawn as it was learned
+        as_learned = bool(concept.settings.get("two_streams", True))
+        return ConceptAdapter(called, concept, as_learned)
     if any("lora" in key for key in shapes):
         return LoraFile(subject or f"a {word}", path)
     if len(shapes) == 1 and 1 <= len(next(iter(shapes.values()))) <= 2:

@@ -15,7 +15,7 @@ import inspect
 import math
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -159,9 +159,8 @@ class _Session:
         self.streams = Streams(unet)
         self.attachments: list[Attachment] = []
         self.pipelines: list[DiffusionPipeline] = []
-        self.own: dict[
-            int, dict[str, Any]
-        ] = {}  # id of a pipeline -> methods that were its own before, not its class's
+        # id of a pipeline -> what it had of _REPLACED itself, not from its class
+        self.own: dict[int, dict[str, Any]] = {}
         self.encoded: list[tuple[weakref.ref[Tensor], Rows]] = []
         # Under way, or begun and never ended; the innermost last.
         self.calls: list[tuple[DiffusionPipeline, Plan]] = []
@@ -207,7 +206,8 @@ class _Session:
 
         @functools.wraps(stock)
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            return self.encode(pipe, signature.bind(*args, **kwargs), len(args))
+            call = signature.bind(*args, **kwargs)
+            return self.encode(pipe, call, lambda: _called(stock, call, len(args)))
 
         free = pipe.maybe_free_model_hooks
 
@@ -242,9 +242,9 @@ class _Session:
         self.streams.plans = [plan for _, plan in self.calls]
         return unmet
 
-    def encode(self, pipe: DiffusionPipeline, call: inspect.BoundArguments, by_place: int) -> Any:
-        """Encode a prompt with the pipeline's own method, names replaced, and plan the rows. by_place: how many arguments were given so."""
-        result, rows = self._encoded(pipe, call, by_place)
+    def encode(self, pipe: DiffusionPipeline, call: inspect.BoundArguments, stock: Callable[[], Any]) -> Any:
+        """Encode a prompt with `stock`, the pipeline's own method with the arguments of `call`, names replaced, and plan the rows."""
+        result, rows = self._encoded(pipe, call, stock)
         given = call.arguments
         if any(rows) and given.get("prompt_embeds") is None:
             self.encoded = [e for e in self.encoded if e[0]() is not None]
@@ -253,15 +253,10 @@ class _Session:
             self.begun(pipe, Plan(rows or ((),) * len(result[0]), result[0], given.get("do_classifier_free_guidance")))
         return result
 
-    def _encoded(self, pipe: DiffusionPipeline, call: inspect.BoundArguments, by_place: int) -> tuple[Any, Rows]:
+    def _encoded(
+        self, pipe: DiffusionPipeline, call: inspect.BoundArguments, stock: Callable[[], Any]
+    ) -> tuple[Any, Rows]:
         """What the pipeline's own method makes of the prompt without names, and the mentions of its rows."""
-        method = self.own[id(pipe)].get("encode_prompt") or functools.partial(type(pipe).encode_prompt, pipe)
-
-        def stock() -> Any:
-            places = list(call.signature.parameters)
-            named = dict(zip(places, call.args, strict=False)) | call.kwargs
-            return method(*call.args[:by_place], **{k: v for k, v in named.items() if k not in places[:by_place]})
-
         given = call.arguments
         words = {name: c.word for a in self.attachments for name, c in a.concepts.items()}
         for key in ("negative_prompt", "negative_prompt_2"):
@@ -338,6 +333,13 @@ def _register_and_adopt(self: DiffusionPipeline, **kwargs: Any) -> None:
     session = _Session.open.get(id(unwrapped(kwargs.get("unet"))))
     if session is not None:
         session.adopt(self)
+
+
+def _called(method: Callable[..., Any], call: inspect.BoundArguments, by_place: int) -> Any:
+    """Call `method` with the arguments of `call`, the first `by_place` by place and the others by name, as they were given."""
+    places = list(call.signature.parameters)
+    named = dict(zip(places, call.args, strict=False)) | call.kwargs
+    return method(*call.args[:by_place], **{k: v for k, v in named.items() if k not in places[:by_place]})
 
 
 def _watch_new_pipelines(on: bool) -> None:
