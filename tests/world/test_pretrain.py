@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import DDIMScheduler
 
 from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, psnr, standardize, train_autoencoder
 from infusion.world.dataset import Dataset, build_dataset, load_dataset, sample_batch
@@ -233,3 +235,19 @@ def test_what_is_shipped_is_what_was_trained(tmp_path):
             torch.equal(read[k], v.half().float()) for k, v in network.state_dict().items() if v.is_floating_point()
         )
     assert build_scheduler().config["prediction_type"] == "v_prediction"
+
+
+def test_a_pipeline_of_the_world_is_built_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe = build_pipeline()
+    assert pipe.scheduler.config["steps_offset"] == 1
+
+
+def test_the_steps_offset_moves_no_timestep():
+    ours = build_scheduler()
+    other = DDIMScheduler.from_config(ours.config, steps_offset=0)
+    for steps in (7, 25, 1000):
+        ours.set_timesteps(steps)
+        other.set_timesteps(steps)
+        assert torch.equal(ours.timesteps, other.timesteps)

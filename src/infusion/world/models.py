@@ -82,7 +82,7 @@ def build_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=False,
-        steps_offset=0,
+        steps_offset=1,  # without effect on trailing timesteps; stock pipelines warn of any other value
     )
 
 
