@@ -152,9 +152,11 @@ def batch_terms(
     alphas: Tensor,
     table: Tensor,
     config: PretrainConfig,
+    time_weights: Tensor | None = None,
 ) -> Terms:
     """Both networks' losses on a batch at `timesteps` (b,) with `noise` (b, c, g, g). records: the list that the UNet's maps go to
-    (`recorded_maps`). alphas (T,): the schedule. table: `meanings` of the vocabulary. The networks run in the caller's autocast, losses in fp32."""
+    (`recorded_maps`). alphas (T,): the schedule. table: `meanings` of the vocabulary. time_weights (T,): how much a denoising error at each
+    timestep counts; all the same without. The networks run in the caller's autocast, losses in fp32."""
     device = alphas.device
     clean, ids, masks, words = (x.to(device) for x in (batch.latents, batch.ids, batch.masks, batch.words))
     timesteps, noise = timesteps.to(device), noise.to(device)
@@ -166,6 +168,8 @@ def batch_terms(
     logits, attribute_logits = head()
     with torch.autocast(device.type, enabled=False):
         weights = subject_weights(masks, config.subject_weight)
+        if time_weights is not None:
+            weights = weights * time_weights[timesteps][:, None, None, None]
         return Terms(
             denoising=(weights * (predicted.float() - target).square()).mean(),
             grounding=grounding_loss(records, words, masks),
@@ -211,10 +215,10 @@ def train_base(
     alphas = build_scheduler().alphas_cumprod.to(device)
     table = meanings(build_tokenizer()).to(device)
     with recorded_maps(unet) as records, ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(_drawn, latents, data, config, run.step, len(alphas))
+        coming = ahead.submit(draw_batch, latents, data, config, run.step, len(alphas))
         while run.unfinished:
             batch, timesteps, noise = coming.result()
-            coming = ahead.submit(_drawn, latents, data, config, run.step + 1, len(alphas))
+            coming = ahead.submit(draw_batch, latents, data, config, run.step + 1, len(alphas))
             with accelerator.autocast():
                 terms = batch_terms(text_encoder, unet, head, records, batch, timesteps, noise, alphas, table, config)
             records.clear()
@@ -235,10 +239,10 @@ def train_base(
     head.remove()
 
 
-def _drawn(
+def draw_batch(
     latents: Tensor, data: Dataset, config: PretrainConfig, step: int, timesteps: int
 ) -> tuple[Batch, Tensor, Tensor]:
-    """Batch `step` with its timesteps and noise, the same whenever it is drawn."""
+    """Batch `step` with its timesteps (b,) and noise (b, c, g, g), the same whenever it is drawn."""
     rng = np.random.default_rng((config.seed, step))
     rows = _epoch_rows(len(latents), config, step)
     batch = sample_batch(latents, data, rows, rng, config.caption_dropout)
