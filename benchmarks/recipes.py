@@ -13,21 +13,20 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from infusion.world.autoencoder import AutoencoderConfig, encode_dataset
 from infusion.world.dataset import CAPTIONS_PER_SCENE, Dataset
 from infusion.world.grounding import recorded_maps
 from infusion.world.models import build_scheduler, build_text_encoder, build_unet
 from infusion.world.pretrain import PretrainConfig, batch_terms, draw_batch, prepare
-from infusion.world.runs import Run, build_accelerator, hardware
+from infusion.world.runs import Run, adamw, build_accelerator, hardware
 from infusion.world.segmentation import SegmentationHead
 from infusion.world.separation import meanings
 from infusion.world.tokenizer import build_tokenizer
@@ -37,24 +36,16 @@ ALPHAS = build_scheduler().alphas_cumprod
 SNR = ALPHAS / (1 - ALPHAS)
 
 
-def adamw(networks: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
-    """The recipe's optimizer."""
-    decayed = [p for p in networks.parameters() if p.ndim >= 2]
-    plain = [p for p in networks.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.99), fused=True)
-
-
 class MuonBesideAdamW:
     """torch's Muon for the matrices of linear layers, AdamW for kernels, embeddings, biases and norms; Muon's updates
     scaled to AdamW's size (arXiv 2502.16982), so that both take one learning rate."""
 
-    def __init__(self, networks: nn.Module, config: PretrainConfig) -> None:
+    def __init__(self, networks: nn.Module, learning_rate: float) -> None:
         matrices = [m.weight for m in networks.modules() if isinstance(m, nn.Linear)]
         chosen = {id(p) for p in matrices}
         rest = nn.ParameterList(p for p in networks.parameters() if id(p) not in chosen)
-        muon = torch.optim.Muon(matrices, config.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        self.both = (muon, adamw(rest, config))
+        muon = torch.optim.Muon(matrices, learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        self.both = (muon, adamw(rest, learning_rate))
         self.param_groups = [group for one in self.both for group in one.param_groups]
 
     def step(self) -> None:
@@ -90,7 +81,7 @@ class Recipe:
     that it implies, so noise as the target is `wrap` with weights of alpha."""
 
     says: str
-    config: PretrainConfig = field(default_factory=PretrainConfig)
+    config: PretrainConfig
     uniform: bool = False
     time_weights: Tensor | None = None
     wrap: Callable[[nn.Module], nn.Module] | None = None
@@ -137,19 +128,8 @@ def captioned(data: Dataset, which: str) -> Dataset:
     lengths = (ids != ids[:, :, -1:]).sum(-1)  # a caption ends in padding
     one = (lengths.argmax if which == "longest" else lengths.argmin)(axis=1)
     rows = np.arange(len(data))
-    repeat = (CAPTIONS_PER_SCENE, *(1,) * (ids.ndim - 2))
-    return replace(
-        data,
-        ids=np.tile(ids[rows, one][:, None], (1, *repeat)),
-        words=np.tile(words[rows, one][:, None], (1, *repeat, 1)),
-    )
-
-
-def text_encoder(layers: int) -> CLIPTextModel:
-    """The recipe's, of other depth."""
-    config = build_text_encoder(build_tokenizer()).config
-    config.num_hidden_layers = layers
-    return CLIPTextModel(config)
+    ids, words = (np.repeat(x[rows, one][:, None], CAPTIONS_PER_SCENE, axis=1) for x in (ids, words))
+    return replace(data, ids=ids, words=words)
 
 
 def train(
@@ -159,12 +139,12 @@ def train(
     config, accelerator = recipe.config, build_accelerator()
     torch.manual_seed(config.seed)
     device = accelerator.device
-    text = text_encoder(recipe.text_layers).to(device)
+    text = build_text_encoder(build_tokenizer(), recipe.text_layers).to(device)
     unet = build_unet().to(device, memory_format=torch.channels_last)
     predictor = recipe.wrap(unet) if recipe.wrap else unet
     head = SegmentationHead(unet).to(device)
     networks = nn.ModuleDict({"unet": unet, "text": text, "head": head})
-    run = Run(networks, recipe.optimizer(networks, config), config.schedule, folder / "unused.pt")
+    run = Run(networks, recipe.optimizer(networks, config.learning_rate), config.schedule, folder / "unused.pt")
     alphas, table = ALPHAS.to(device), meanings(build_tokenizer()).to(device)
     weights = None if recipe.time_weights is None else recipe.time_weights.to(device)
     with recorded_maps(unet) as records:
@@ -200,8 +180,9 @@ def main(folder: Path, minutes: float, scenes: int, only: list[str], out: Path |
     autoencoder, latents, data = prepare(folder, shipped, build_accelerator())
     fresh = validation_scenes(folder / "validation")
     validation = encode_dataset(autoencoder, fresh), fresh
+    all_recipes = recipes(minutes)
     for name in only:
-        path, recipe = folder / f"{name}.json", recipes(minutes)[name]
+        path, recipe = folder / f"{name}.json", all_recipes[name]
         if path.exists():
             continue
         found: dict = {}

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from infusion.world.dataset import build_dataset, load_dataset
-from infusion.world.pretrain import PretrainConfig
 from tests.test_examples import script
 
 recipes = script("benchmarks/recipes")
@@ -35,7 +34,7 @@ def test_noise_and_the_velocity_that_it_implies():
 
 def test_every_parameter_has_one_optimizer():
     networks = nn.ModuleDict({"linear": nn.Linear(4, 3), "words": nn.Embedding(5, 4), "kernel": nn.Conv2d(2, 2, 3)})
-    optimizer = recipes.MuonBesideAdamW(networks, PretrainConfig())
+    optimizer = recipes.MuonBesideAdamW(networks, 4e-4)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in networks.parameters())
     assert [id(p) for group in optimizer.both[0].param_groups for p in group["params"]] == [

@@ -44,7 +44,7 @@ from infusion.world.judge import shipped_judge
 from infusion.world.models import build_autoencoder, build_scheduler, build_text_encoder, build_unet
 from infusion.world.picking import best_score, judged, keep_best, save_best
 from infusion.world.release import read_trainings, read_weights
-from infusion.world.runs import Run, Schedule, build_accelerator, check_same, hardware, log
+from infusion.world.runs import Run, Schedule, adamw, build_accelerator, check_same, hardware, log
 from infusion.world.segmentation import (
     SegmentationHead,
     attribute_loss,
@@ -202,15 +202,7 @@ def train_base(
     text_encoder.to(device)
     head = SegmentationHead(unet).to(device)
     networks = torch.nn.ModuleDict({"unet": unet, "text": text_encoder, "head": head})
-    decayed = [p for p in networks.parameters() if p.ndim >= 2]
-    plain = [p for p in networks.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}],
-        config.learning_rate,
-        betas=(0.9, 0.99),
-        fused=True,
-    )
-    run = Run(networks, optimizer, config.schedule, folder / CHECKPOINT)
+    run = Run(networks, adamw(networks, config.learning_rate), config.schedule, folder / CHECKPOINT)
     best = best_score(folder) if run.step else float("-inf")
     alphas = build_scheduler().alphas_cumprod.to(device)
     table = meanings(build_tokenizer()).to(device)

@@ -121,6 +121,14 @@ class Run:
         self.step, self.seconds = state["step"], state["seconds"]
 
 
+def adamw(networks: nn.Module, learning_rate: float) -> torch.optim.AdamW:
+    """The base's optimizer: matrices, kernels and embeddings decay, biases and norms do not."""
+    decayed = [p for p in networks.parameters() if p.ndim >= 2]
+    plain = [p for p in networks.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.99), fused=True)
+
+
 def build_accelerator() -> Accelerator:
     """Accelerate's device, with networks in bf16 where the device multiplies in it. A CPU that must emulate it is eighty times slower
     so than in fp32 (docs/log.md). Raises InfusionError for several processes: each would train the same, into the same files."""
