@@ -17,6 +17,7 @@ ORDER = (
     ("world",),
     ("prompts", "packing", "config"),
     ("concept", "streams", "photos"),
+    ("fit",),
     ("pipelines", "lesson", "naive"),
     ("training", "methods", "generation", "base", "sheets", "report"),
     ("features", "judged"),

@@ -344,7 +344,7 @@ def test_another_family_of_the_same_shapes_is_refused(pipe, milo, monkeypatch):
     elsewhere = dataclasses.replace(milo, base=BaseInfo("stable-diffusion-v1", 512))
     with infusion.attach(pipe, elsewhere):  # a base of no known family
         pass
-    monkeypatch.setattr("infusion.pipelines._family", lambda unet: "stable-diffusion-v2")
+    monkeypatch.setattr("infusion.fit._family", lambda unet: "stable-diffusion-v2")
     with pytest.raises(InfusionError, match="learned on stable-diffusion-v1, this base is stable-diffusion-v2"):
         infusion.attach(pipe, elsewhere)
     with infusion.attach(pipe, dataclasses.replace(milo, base=BaseInfo("stable-diffusion-v2", 768))):

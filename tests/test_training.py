@@ -15,9 +15,9 @@ from PIL import Image
 import infusion
 from infusion.diagnosis import validation_loss
 from infusion.errors import InfusionError, InfusionWarning
+from infusion.fit import base_info
 from infusion.lesson import TEMPLATES, attention_masks, prepare_lesson
 from infusion.photos import Photo, load_photos
-from infusion.pipelines import base_info
 from infusion.streams import cross_attention_layers
 from infusion.training import LearnConfig, learning, learning_together, masked_loss
 from tests.conftest import latents

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import hashlib
 import inspect
 import math
 import warnings
@@ -19,23 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from infusion.concept import BaseInfo, Concept
+from infusion.concept import Concept
 from infusion.errors import InfusionError, InfusionWarning
-from infusion.families import FAMILIES
-from infusion.packing import in_order
+from infusion.fit import check_fits
 from infusion.prompts import Mention, Parsed, parse, refuse_in_negative
-from infusion.streams import (
-    Plan,
-    Streams,
-    cross_attention_layers,
-    execution_device,
-    require_unet,
-    unwrapped,
-    value_lengths,
-)
+from infusion.streams import Plan, Streams, execution_device, require_unet, unwrapped
 
 MAX_CALLS = 16  # kept; a call that broke off leaves its entry
 Rows = tuple[tuple[Mention, ...], ...]
@@ -102,10 +92,7 @@ class Attachment:
             raise InfusionError(
                 f"{type(pipe).__name__} does not encode its prompts itself; concepts know pipelines with encode_prompt, not yet modular ones."
             )
-        lengths, family = value_lengths(unet), _family(unet)
-        for concept in concepts:
-            _check_fits(concept, lengths, family)
-        _warn_of_other_weights(concepts, unet)
+        check_fits(concepts, unet)
         names = [c.name for c in concepts]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise InfusionError(
@@ -344,61 +331,6 @@ def _called(method: Callable[..., Any], call: inspect.BoundArguments, by_place: 
 
 def _watch_new_pipelines(on: bool) -> None:
     DiffusionPipeline.register_modules = _register_and_adopt if on else _stock_register
-
-
-def _check_fits(concept: Concept, lengths: Mapping[str, int], family: str) -> None:
-    if concept.base.family in FAMILIES and family in FAMILIES and concept.base.family != family:
-        raise InfusionError(
-            f"<{concept.name}> was learned on {concept.base.family}, this base is {family}; their layers have the same "
-            "shapes, but what was learned does not carry over: learn it again on this one."
-        )
-    for path, residual in concept.residuals.items():
-        if lengths.get(path) != len(residual):
-            have = f"has length {lengths[path]}" if path in lengths else "is missing"
-            raise InfusionError(
-                f"<{concept.name}> was learned on another architecture: its residual of {path} has {len(residual)} values, "
-                f"that layer {have} here; use the base that it was learned on."
-            )
-
-
-def base_info(pipe: DiffusionPipeline) -> BaseInfo:
-    """Family, picture size and weights hash of a pipeline's base.
-
-    The hash is over the value projections of cross-attention, rounded to fp16, so that a base loaded
-    in fp32 and in fp16 has the same; it is unknown ("") for bf16, which is coarser, and for offloaded weights.
-    """
-    unet = require_unet(pipe)
-    return BaseInfo(_family(unet), unet.config["sample_size"] * pipe.vae_scale_factor, _weights_hash(unet))
-
-
-def _family(unet: UNet2DConditionModel) -> str:
-    widths = {parts["unet"]["cross_attention_dim"]: family for family, parts in FAMILIES.items()}
-    return widths.get(unet.config["cross_attention_dim"], "custom")
-
-
-def _weights_hash(unet: nn.Module) -> str:
-    layers = cross_attention_layers(unet)
-    digest = hashlib.sha256()
-    for path in in_order(layers):
-        projection = layers[path].to_v
-        weight = getattr(projection, "base_layer", projection).weight  # a LoRA wraps the base's own layer
-        if weight.dtype not in (torch.float32, torch.float16) or weight.device.type == "meta":
-            return ""
-        digest.update(weight.detach().half().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _warn_of_other_weights(concepts: Sequence[Concept], unet: nn.Module) -> None:
-    expecting = {c.name: c.base.weights for c in concepts if c.base.weights}
-    here = _weights_hash(unet) if expecting else ""
-    for name, weights in expecting.items():
-        if here and weights != here:
-            warnings.warn(
-                f"<{name}> was learned on a base of the same architecture with other weights ({weights}, here {here}); "
-                "it may look different: use its own base, or learn it again on this one.",
-                InfusionWarning,
-                stacklevel=4,
-            )
 
 
 def _warn_of_copies(encoded: Sequence[tuple[Tensor, Rows]], states: Tensor) -> None:

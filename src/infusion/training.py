@@ -24,10 +24,10 @@ from torch import Tensor
 from infusion.concept import BaseInfo, Concept
 from infusion.config import hold_types
 from infusion.errors import InfusionError
+from infusion.fit import base_info
 from infusion.lesson import Draw, Lesson, joined, prepare_lesson
 from infusion.packing import SCHEMES
 from infusion.photos import Photo, load_photos
-from infusion.pipelines import base_info
 from infusion.streams import Streams, execution_device, frozen, require_unet, value_lengths
 
 
