@@ -133,6 +133,34 @@ def test_a_lora_of_the_users_own_is_in_use_again_afterwards(pipe, tmp_path):
     assert torch.equal(latents(pipe, "a dog"), styled)
 
 
+def test_a_lora_of_the_users_own_that_is_switched_off(pipe, tmp_path):
+    _, path = lora(pipe, tmp_path)
+    plain = latents(pipe, "a dog")
+    with load_adapter(path, "dog").attached(pipe):
+        expected = latents(pipe, "a dog")
+    pipe.load_lora_weights(tmp_path, weight_name="l.safetensors", adapter_name="style")
+    pipe.disable_lora()
+    with load_adapter(path, "dog").attached(pipe):
+        assert torch.equal(latents(pipe, "a dog"), expected)
+    assert torch.equal(latents(pipe, "a dog"), plain)
+    pipe.enable_lora()
+    assert not torch.equal(latents(pipe, "a dog"), plain)
+
+
+def test_a_concept_of_another_class_word_is_refused(pipe, tmp_path):
+    path = random_concept(pipe.unet).save(tmp_path / "milo.safetensors")
+    assert load_adapter(path, "Dog").subject == "a <milo>"
+    with pytest.raises(InfusionError, match="learned as a 'dog', the word given is 'cat'; give 'dog'"):
+        load_adapter(path, "cat")
+
+
+def test_a_folder_whose_base_was_told_what_it_predicts(pipe, tmp_path):
+    rebuilt(pipe, unet=tuned_unet(pipe)).save_pretrained(tmp_path / "tuned")  # says epsilon, as its base's file does
+    velocity = rebuilt(pipe, scheduler=DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction"))
+    with load_adapter(tmp_path / "tuned", "dog", prediction="v_prediction").attached(velocity) as custom:
+        assert custom.scheduler.config["prediction_type"] == "v_prediction"
+
+
 def test_an_error_of_the_callers_own_stays_its_own(pipe, tmp_path):
     _, path = lora(pipe, tmp_path)
     with pytest.raises(ValueError, match="mine"), load_adapter(path, "dog").attached(pipe):

@@ -133,6 +133,7 @@ def test_bad_input_to_train(run, photos, tmp_path, args, message):
     ("args", "message"),
     [
         (("a <rex> here",), "<rex> is unknown; the concepts at hand are <milo>"),
+        (("a <milo>", "a <rex> here", "--batch", "1"), "<rex> is unknown"),
         (("the " * 40 + "<milo>",), "<milo> is cut off"),
         (("a cat", "--negative", "a <milo>"), "write 'dog' there"),
         (("a <milo>", "--concept", "{tmp}/none.safetensors"), "There is no concept file"),
@@ -162,6 +163,7 @@ def test_bad_input_to_generate(run, tmp_path, args, message):
     assert code == 2
     assert message in said
     assert "Traceback" not in said
+    assert not list(tmp_path.glob("out/*.png")), "bad input is told before anything is drawn"
 
 
 def test_evaluate(run, photos, tmp_path):
@@ -178,6 +180,7 @@ def test_evaluate(run, photos, tmp_path):
         (("--adapter", tmp_path / "none"), "There is no file"),
         (("--adapter", concept, "--seeds", 1), "seeds is 1"),
         (("--adapter", concept, "--subject", "a dog"), "does not hold '<milo>'"),
+        (("--adapter", concept, "--word", "cat"), "learned as a 'dog', the word given is 'cat'"),
         (("--adapter", concept, "--photos", tmp_path / "none"), "There is no folder"),
     ):
         code, said = run("evaluate", *common, *args)

@@ -98,6 +98,36 @@ def test_pictures_are_cropped_never_squashed():
     assert tensor[0, :2, 0, 0].tolist() == [1.0, -1.0]
 
 
+def test_pictures_in_memory_and_single_files_are_as_from_a_folder(tmp_path):
+    image = Image.new("RGB", (20, 10))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.jpg", exif=exif)
+    Image.new("L", (10, 20), 200).save(tmp_path / "a-mask.png")
+    (folder,), (file,) = load_photos(tmp_path), load_photos([str(tmp_path / "a.jpg")])
+    (memory,) = load_photos([Image.open(tmp_path / "a.jpg")])
+    assert folder.image.size == file.image.size == memory.image.size == (10, 20)
+    assert folder.mask.getpixel((3, 3)) == file.mask.getpixel((3, 3)) == 200
+    assert folder.name == file.name == "a.jpg"
+    with pytest.raises(InfusionError, match=r"b\.jpg' cannot be read as a picture"):
+        load_photos([tmp_path / "b.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x-mask.png", "no photo is called 'x'"),
+        ("venetian-Mask.jpg", "no photo is called 'venetian'"),
+        ("a_mask.png", r"would be called a-mask\.png"),
+    ],
+)
+def test_masks_by_a_wrong_name(tmp_path, name, message):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    Image.new("L", (8, 8), 255).save(tmp_path / name)
+    with pytest.raises(InfusionError, match=message):
+        load_photos(tmp_path)
+
+
 def test_errors(tmp_path):
     with pytest.raises(InfusionError, match="no folder"):
         load_photos(tmp_path / "none")
@@ -115,6 +145,8 @@ def test_sixteen_bits_are_scaled_not_cut(tmp_path):
     Image.fromarray(grey).save(tmp_path / "a.png")
     for photos in (load_photos(tmp_path), load_photos([Image.fromarray(grey)])):
         assert [photos[0].image.getpixel((x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
+    Image.fromarray(grey).save(tmp_path / "a-mask.png")
+    assert [load_photos(tmp_path)[0].mask.getpixel((x, 0)) for x in range(4)] == [0, 1, 128, 255]
     Image.fromarray(grey // 65535 * 255).save(tmp_path / "a-mask.png")  # 16 bits that hold 8
     assert load_photos(tmp_path)[0].mask.getpixel((3, 0)) == 255
 

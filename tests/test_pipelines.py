@@ -23,13 +23,18 @@ from diffusers import (
     StableDiffusionPAGPipeline,
     UniPCMultistepScheduler,
 )
+from PIL import Image
 
 import infusion
 from infusion.concept import BaseInfo
 from infusion.errors import InfusionError
+from infusion.lesson import prepare_lesson
+from infusion.methods.dreambooth import DreamBoothConfig, dreambooth
 from infusion.methods.interface import rebuilt
+from infusion.photos import load_photos
 from infusion.pipelines import _stock_register
 from infusion.streams import Streams
+from infusion.training import LearnConfig
 from tests.conftest import latents, naive_latents, random_concept, tiny_unet
 
 PROMPTS = ["a dog on the beach", "a dog on the beach", "a teddy bear in the snow"]
@@ -338,6 +343,41 @@ def test_a_unet_wrapped_by_torch_compile(pipe, milo, two_streams):
         assert torch.allclose(latents(pipe, "a dog"), plain, atol=1e-5)
         sibling = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
         assert infusion.encode(sibling, "a <milo>")
+
+
+def interrupted(pipe, prompt):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe(prompt, num_inference_steps=2, output_type="latent", callback_on_step_end=stop)
+
+
+def test_a_call_that_broke_off_is_not_followed_by_later_training(pipe, milo):
+    photos = [Image.new("RGB", (16, 16), c) for c in ("red", "blue")]
+    config = LearnConfig(steps=3, batch=2, masked=False)
+    tuning = DreamBoothConfig(steps=3, batch=2)
+    lesson = prepare_lesson(pipe, load_photos(photos), "dog", "rex", templates=["a {} here", "a {}"])
+    alone = infusion.learn(pipe, photos, "dog", "rex", config)
+    losses = [s.loss for s in dreambooth(pipe, lesson, tuning)]
+    with infusion.attach(pipe, milo):
+        for prompt in ("a photo of a <milo>", "a <milo>", "a <milo> here"):
+            interrupted(pipe, prompt)
+        assert infusion.learn(pipe, photos, "dog", "rex", config).to_bytes() == alone.to_bytes()
+        prepare_lesson(pipe, load_photos(photos), "dog", "rex")  # its masks are the untouched base's
+        assert [s.loss for s in dreambooth(pipe, lesson, tuning)] == losses
+        expected = latents(pipe, "a <milo> here")
+    with infusion.attach(pipe, milo):
+        assert torch.equal(latents(pipe, "a <milo> here"), expected)
+
+
+def test_a_copied_unet_is_the_bases(pipe, milo):
+    before = latents(pipe, "a dog here")
+    with infusion.attach(pipe, milo):
+        interrupted(pipe, "a <milo> here")  # its plan is still there
+        copied = rebuilt(pipe, unet=copy.deepcopy(pipe.unet))
+        assert torch.equal(latents(copied, "a dog here"), before)
+        assert not torch.equal(latents(pipe, "a <milo> here"), before)
 
 
 def test_another_family_of_the_same_shapes_is_refused(pipe, milo, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,6 +196,11 @@ def test_checkups_beside_the_file(tmp_path):
     assert json.loads(write_checkups(path, told).read_text()) == told == read_checkups(path)
     write_checkups(path, [])  # of a training without any: the old ones are another's
     assert read_checkups(path) == []
+    first, second = tmp_path / "milo.v1", tmp_path / "milo.v2"
+    write_checkups(first, told)
+    write_checkups(second, [])  # takes nothing of the first's away
+    assert read_checkups(first) == told
+    assert read_checkups(Path(".")) == []
     path.with_suffix(".checkups.json").write_text('[{"step": 5}]')
     with pytest.raises(InfusionError, match="damaged"):
         read_checkups(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 
@@ -20,7 +21,7 @@ from infusion.lesson import TEMPLATES, attention_masks, prepare_lesson
 from infusion.photos import Photo, load_photos
 from infusion.streams import cross_attention_layers
 from infusion.training import LearnConfig, learning, learning_together, masked_loss
-from tests.conftest import latents
+from tests.conftest import latents, tiny_unet
 
 
 @pytest.fixture
@@ -271,3 +272,23 @@ def test_settings_are_what_they_say_or_refused():
     ):
         with pytest.raises(InfusionError, match=message):
             LearnConfig(**bad)
+
+
+def test_a_mask_outside_the_centre_square_is_told(pipe):
+    mask = Image.new("L", (120, 40))
+    mask.paste(255, (0, 0, 20, 40))
+    photos = [Photo(Image.new("RGB", (120, 40)), mask, "dog.png")]
+    with pytest.raises(InfusionError, match=r"'dog\.png' shows nothing of the subject in the photo's centre square"):
+        prepare_lesson(pipe, photos, "dog", "milo")
+    with pytest.raises(InfusionError, match="mask of photo 1 shows nothing"):
+        prepare_lesson(pipe, load_photos([Image.new("RGBA", (40, 40))]), "dog", "milo")
+
+
+def test_bases_of_another_kind_are_refused(pipe, photos):
+    takes_more = copy.copy(pipe)
+    takes_more.unet = tiny_unet(in_channels=9)
+    with pytest.raises(InfusionError, match="takes 9 channels, its latents have 4"):
+        infusion.learn(takes_more, photos, "dog", "milo")
+    takes_more.unet = torch.nn.Linear(2, 2)
+    with pytest.raises(InfusionError, match="draws with a Linear"):
+        infusion.learn(takes_more, photos, "dog", "milo")

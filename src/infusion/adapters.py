@@ -26,11 +26,12 @@ from infusion.methods.textual_inversion import with_word
 from infusion.streams import execution_device, require_unet
 
 
-def load_adapter(path: str | Path, word: str, subject: str | None = None) -> Adapter:
+def load_adapter(path: str | Path, word: str, subject: str | None = None, prediction: str | None = None) -> Adapter:
     """The adapter in a file or folder. word: the subject's class word. subject: how prompts call it; by default "a <name>"
-    for a concept (or "a <name:0.5>"), "a " and its token for an embedding, "a WORD" for a LoRA or a pipeline.
+    for a concept (or "a <name:0.5>"), "a " and its token for an embedding, "a WORD" for a LoRA or a pipeline. prediction: of a pipeline's
+    folder, what its UNet predicts, as `load_base` was told of its base.
 
-    Raises InfusionError for what is missing, damaged, or none of the four kinds.
+    Raises InfusionError for what is missing, damaged, none of the four kinds, or a concept of another class word.
     """
     path = Path(path)
     if path.is_dir():
@@ -38,7 +39,7 @@ def load_adapter(path: str | Path, word: str, subject: str | None = None) -> Ada
             raise InfusionError(
                 f"{str(path)!r} holds no diffusers pipeline (model_index.json is missing); give the folder that has it, or a file."
             )
-        return PipelineFolder(subject or f"a {word}", path)
+        return PipelineFolder(subject or f"a {word}", path, prediction)
     if not path.exists():
         raise InfusionError(
             f"There is no file {str(path)!r}; give a concept, a LoRA, an embedding or a pipeline folder."
@@ -52,6 +53,10 @@ def load_adapter(path: str | Path, word: str, subject: str | None = None) -> Ada
         ) from None
     if any(key.startswith("infusion.") for key in metadata):
         concept = Concept.load(path)
+        if concept.word.casefold() != word.casefold():  # base and concept would be given different texts
+            raise InfusionError(
+                f"<{concept.name}> was learned as a {concept.word!r}, the word given is {word!r}; give {concept.word!r}."
+            )
         called = _naming(subject, f"<{concept.name}>", f"<{concept.name}:")
         as_learned = bool(concept.settings.get("two_streams", True))
         return ConceptAdapter(called, concept, as_learned)
@@ -117,6 +122,7 @@ class PipelineFolder:
 
     subject: str
     path: Path
+    prediction: str | None = None
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The UNet's weights."""
@@ -125,7 +131,7 @@ class PipelineFolder:
     @contextmanager
     def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
         """The folder's pipeline with the base's scheduler. Raises InfusionError for pictures of another size."""
-        custom = load_base(self.path, str(execution_device(pipe)), pipe.unet.dtype)
+        custom = load_base(self.path, str(execution_device(pipe)), pipe.unet.dtype, self.prediction)
         for what, here, there in zip(_MATCHING, _properties(pipe), _properties(custom), strict=True):
             if here != there:
                 raise InfusionError(

@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 import sys
 from collections.abc import Set
@@ -161,7 +162,8 @@ def train(
         raise failed
     flags = (" --single-stream" if single_stream else "") + (f" --prediction {prediction}" if prediction else "")
     say.print(
-        f'Next: infusion generate --base {base} --concept {path}{flags} "a photo of a <{name}> on the beach" -o pictures'
+        f'Next: infusion generate --base {shlex.quote(base)} --concept {shlex.quote(str(path))}{flags} "a photo of a <{name}> on the beach" -o pictures',
+        soft_wrap=True,  # it can be copied
     )
     if interrupted:
         raise typer.Exit(130)
@@ -201,7 +203,7 @@ def generate(
         from infusion.base import load_base
         from infusion.concept import Concept
         from infusion.generation import drawing, save_pictures
-        from infusion.pipelines import attach
+        from infusion.pipelines import attach, encode
         from infusion.sheets import square_grid
 
         concepts = [Concept.load(path) for path in concept or []]
@@ -220,6 +222,8 @@ def generate(
         pictures, paths = [], []
         on_step = lambda a, b: told("Drawing", a, b)  # noqa: E731
         with attach(pipe, *concepts, two_streams=not single_stream) if concepts else contextlib.nullcontext():
+            for prompt in prompts if concepts else ():  # an unknown name is told before anything is drawn
+                encode(pipe, prompt)
             for part in drawing(pipe, texts, seeds, steps, guidance, batch, negative, on_step):
                 pictures += part
                 paths += save_pictures(part, out, details)  # what is drawn is kept, whatever comes
@@ -267,7 +271,7 @@ def evaluate(
 
         config = EvaluateConfig(seeds=seeds, batch=batch)
         pictures = load_photos(photos)
-        loaded, checkups = load_adapter(adapter, word, subject), read_checkups(adapter)
+        loaded, checkups = load_adapter(adapter, word, subject, prediction), read_checkups(adapter)
         spaces = load_features(clip, dino)
         _writable(out / "report.html")
         _known_word(base, word)
@@ -276,7 +280,7 @@ def evaluate(
             space.model.to(execution_device(pipe))
         judge = shipped_judge() if base == EMBEDDED else None
         evaluation = measure(pipe, loaded, pictures, word, config, told, spaces, judge)
-        report = write_report(evaluation, out, base, adapter.name, checkups)
+        report = write_report(evaluation, out, base, adapter.resolve().name, checkups)
     for sentence in evaluation.verdict:
         say.print(sentence)
     say.print(f"The figures are in {report} and {out / 'figures.json'}.")

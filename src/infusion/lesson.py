@@ -154,6 +154,13 @@ def prepare_lesson(
     Raises InfusionError for a scheduler whose prediction type is neither epsilon nor v.
     """
     unet = require_unet(pipe)
+    takes, latent = unet.config["in_channels"], pipe.vae.config["latent_channels"]
+    if takes != latent:
+        raise InfusionError(
+            f"This base's UNet takes {takes} channels, its latents have {latent}; learn on a text-to-image base, not on one for inpainting."
+        )
+    if pipe.tokenizer is None:
+        raise InfusionError("This base has no tokenizer of its own; learn on a text-to-image base, not on a refiner.")
     noise = DDPMScheduler.from_config(pipe.scheduler.config)
     if noise.config["prediction_type"] not in ("epsilon", "v_prediction"):
         raise InfusionError(
@@ -180,6 +187,10 @@ def _masks(lesson: Lesson, unet: nn.Module, photos: Sequence[Photo]) -> Tensor:
     for i, photo in enumerate(photos):
         if photo.mask is not None:
             masks[i] = mask_to_tensor(photo.mask, side)
+            if not masks[i].any():
+                raise InfusionError(
+                    f"The mask of {repr(photo.name) if photo.name else f'photo {i + 1}'} shows nothing of the subject in the photo's centre square, which is what is learned; crop the photo around the subject."
+                )
     return torch.cat([masks, masks.flip(-1)]) if lesson.flipped else masks
 
 

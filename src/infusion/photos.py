@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,30 +20,31 @@ MASK_SUFFIX = "-mask"  # milo1.png has its mask in milo1-mask.png
 
 @dataclass(frozen=True)
 class Photo:
-    """One picture and, where the user gave one, its mask (white = subject)."""
+    """One picture and, where the user gave one, its mask (white = subject). name: its file's, for what is said of it."""
 
     image: Image.Image
     mask: Image.Image | None = None
+    name: str = ""
 
 
-def load_photos(source: str | Path | Sequence[Image.Image | Photo]) -> list[Photo]:
-    """The photos of a folder in the order of their names, or pictures already in memory.
+def load_photos(source: str | Path | Sequence[Image.Image | Photo | str | Path]) -> list[Photo]:
+    """The photos of a folder in the order of their names, or single ones: files, or pictures already in memory.
 
     A mask is taken from `<name>-mask.png` beside `<name>.png`, or from a picture's own alpha channel.
-    Raises InfusionError for a folder that is missing or empty, for a picture that cannot be read, and for a mask of another shape than its
-    photo or without white.
+    Raises InfusionError for a folder that is missing or empty, for a picture that cannot be read, for a mask of another shape than its
+    photo or without white, and for one whose name belongs to no photo.
     """
     if not isinstance(source, str | Path):
-        photos = [p if isinstance(p, Photo) else _with_alpha(p) for p in source]
+        photos = [_given(p) for p in source]
         if not photos:
             raise InfusionError("No photos were given; give 3 to 6 pictures of one subject.")
         return photos
     folder = Path(source)
     if not folder.is_dir():
         raise InfusionError(f"There is no folder {str(folder)!r}; give a folder with 3 to 6 pictures of one subject.")
-    files = sorted(
-        p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.stem.lower().endswith(MASK_SUFFIX)
-    )
+    pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    files = [p for p in pictures if not p.stem.lower().endswith(MASK_SUFFIX)]
+    _check_masks(pictures, {p.stem.lower() for p in files})
     if not files:
         raise InfusionError(
             f"There is no picture in {str(folder)!r}; put 3 to 6 pictures ({', '.join(SUFFIXES)}) of one subject there."
@@ -52,13 +53,36 @@ def load_photos(source: str | Path | Sequence[Image.Image | Photo]) -> list[Phot
     return [_load(path, beside) for path in files]
 
 
+def _given(photo: Image.Image | Photo | str | Path) -> Photo:
+    if isinstance(photo, Photo):
+        return photo
+    if isinstance(photo, str | Path):
+        return _load(Path(photo), {})
+    return _with_alpha(ImageOps.exif_transpose(photo))
+
+
+def _check_masks(pictures: Sequence[Path], photos: Set[str]) -> None:
+    """Raise InfusionError for what would be taken for a mask or a photo and is perhaps the other. photos: their names, small, no ending."""
+    for path in pictures:
+        stem = path.stem.lower()
+        if stem.endswith(MASK_SUFFIX) and stem.removesuffix(MASK_SUFFIX) not in photos:
+            raise InfusionError(
+                f"{str(path)!r} is a mask by its name, but no photo is called {path.stem[: -len(MASK_SUFFIX)]!r}; give it its photo's name and {MASK_SUFFIX}, or, if it is a photo, another name."
+            )
+        if stem.endswith("_mask") and stem.removesuffix("_mask") in photos:
+            raise InfusionError(
+                f"{str(path)!r} looks like a mask, which would be called {path.stem[: -len('_mask')]}{MASK_SUFFIX}{path.suffix}; rename it, or, if it is a photo, give it another name."
+            )
+
+
 def _load(path: Path, beside: Mapping[str, Path]) -> Photo:
     photo = _with_alpha(_open(path))
     names = [path.stem + MASK_SUFFIX + s for s in SUFFIXES]
     masks = [m for n in names if (m := path.with_name(n)).exists()] or [
         beside[n.lower()] for n in names if n.lower() in beside
     ]
-    return Photo(photo.image, _mask(masks[0], path, photo.image.size)) if masks else photo
+    mask = _mask(masks[0], path, photo.image.size) if masks else photo.mask
+    return Photo(photo.image, mask, path.name)
 
 
 def _mask(path: Path, photo: Path, size: tuple[int, int]) -> Image.Image:
@@ -74,7 +98,9 @@ def _mask(path: Path, photo: Path, size: tuple[int, int]) -> Image.Image:
             f"{str(path)!r} is {mask.width}x{mask.height}, its photo {size[0]}x{size[1]}; give a mask of the photo's shape."
         )
     with_alpha = _with_alpha(mask)
-    white = mask.convert("LA").getchannel("L") if with_alpha.mask is None else with_alpha.image.convert("L")
+    white = (
+        _eight_bits(mask).convert("LA").getchannel("L") if with_alpha.mask is None else with_alpha.image.convert("L")
+    )
     if with_alpha.mask is not None:  # white on nothing
         white = ImageChops.multiply(white, with_alpha.mask)
     if (brightest := int(np.asarray(white).max())) < 128:

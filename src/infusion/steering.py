@@ -250,7 +250,7 @@ class _Watch:
 def write_checkups(adapter: Path, checkups: Sequence[Mapping[str, Any]]) -> Path | None:
     """Keep a training's checkups beside its file, where `infusion evaluate` finds them: milo.checkups.json. Without any, those of an earlier
     training of that name are removed."""
-    path = adapter.with_suffix(".checkups.json")
+    path = _checkups_path(adapter)
     if not checkups:
         path.unlink(missing_ok=True)
         return None
@@ -258,9 +258,16 @@ def write_checkups(adapter: Path, checkups: Sequence[Mapping[str, Any]]) -> Path
     return path
 
 
+def _checkups_path(adapter: Path) -> Path:
+    """Beside the adapter's file; only the usual ending is taken off, since milo.v1 and milo.v2 are two."""
+    return adapter.with_name(adapter.name.removesuffix(".safetensors") + ".checkups.json")
+
+
 def read_checkups(adapter: Path) -> list[dict[str, Any]]:
     """The checkups beside an adapter's file; none where there are none. Raises InfusionError for a damaged file."""
-    path = adapter.with_suffix(".checkups.json")
+    if adapter.is_dir():
+        return []
+    path = _checkups_path(adapter)
     if not path.exists():
         return []
     try:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -27,6 +27,9 @@ from infusion.errors import InfusionError
 from infusion.prompts import Mention
 
 Mode = Literal["joint", "record", "replay"]
+
+# Who alone is heard by a UNet's calls: a training's passes must not follow the plan of a drawing that broke off.
+_speaking: WeakKeyDictionary[nn.Module, Streams] = WeakKeyDictionary()
 
 
 def cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
@@ -75,6 +78,10 @@ def require_unet(pipe: DiffusionPipeline) -> UNet2DConditionModel:
     if unet is None:
         raise InfusionError(
             f"{type(pipe).__name__} has no UNet; Infusion works with Stable Diffusion 1.x, 2.x and SDXL, not yet with transformer bases."
+        )
+    if not isinstance(unet, UNet2DConditionModel):
+        raise InfusionError(
+            f"{type(pipe).__name__} draws with a {type(unet).__name__}; Infusion works with Stable Diffusion 1.x, 2.x and SDXL, not yet with other kinds."
         )
     return unet
 
@@ -162,6 +169,10 @@ class Streams:
             self._handles.append(layer.register_forward_pre_hook(self._select, with_kwargs=True))
             self._handles.append(layer.register_forward_hook(functools.partial(self._merge, path), with_kwargs=True))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Streams:
+        """A copied UNet brings its hooks along; they stay ours, and know that they are on a copy, which is the base's alone."""
+        return self
+
     def remove(self) -> None:
         """Take all hooks off the UNet."""
         for handle in self._handles:
@@ -170,14 +181,19 @@ class Streams:
 
     @contextmanager
     def calls(self, plan: Plan, mode: Mode = "joint") -> Iterator[None]:
-        """UNet calls within follow `plan`. "record" computes the foundational stream alone and keeps
+        """UNet calls within follow `plan`, and none of other streams on the UNet. "record" computes the foundational stream alone and keeps
         its outputs and words' heat; "replay" computes the customized stream alone from what was recorded."""
-        before = self.plans, self.mode
+        before, speaker = (self.plans, self.mode), _speaking.get(self.unet)
         self.plans, self.mode = [plan], mode
+        _speaking[self.unet] = self
         try:
             yield
         finally:
             self.plans, self.mode = before
+            if speaker is None:
+                del _speaking[self.unet]
+            else:
+                _speaking[self.unet] = speaker
 
     def word_strengths(self) -> Tensor | None:
         """Of the UNet call in work, every row's strength on the concepts' words (b, m); None where no row carries one."""
@@ -192,6 +208,9 @@ class Streams:
 
     @torch.compiler.disable
     def _begin(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        self._call = None
+        if unet is not self.unet or _speaking.get(unet, self) is not self:
+            return None
         bound = self._signature.bind(*args, **kwargs)
         states = bound.arguments["encoder_hidden_states"]
         batch = bound.arguments["sample"].shape[0]

@@ -74,6 +74,8 @@ def loaded_lora(pipe: DiffusionPipeline, source: Any, **kwargs: Any) -> Iterator
     """
     used = pipe.get_active_adapters() if pipe.get_list_adapters() else []
     scales = [(layer, dict(layer.scaling)) for layer in _lora_layers(pipe)]
+    # By pipe.disable_lora(), which would hold for ours too.
+    switched_off = any(layer.disable_adapters for layer, _ in scales)
     error = None
     try:
         try:
@@ -81,6 +83,8 @@ def loaded_lora(pipe: DiffusionPipeline, source: Any, **kwargs: Any) -> Iterator
             if not _loaded(pipe):  # diffusers only logs it
                 raise ValueError("no layer of the base is named in it")
             pipe.set_adapters(_NAME)
+            if switched_off:
+                pipe.enable_lora()
         except (RuntimeError, ValueError, KeyError) as raised:
             error = raised
         yield error
@@ -91,6 +95,8 @@ def loaded_lora(pipe: DiffusionPipeline, source: Any, **kwargs: Any) -> Iterator
             pipe.set_adapters(used)  # at scale 1
             for layer, before in scales:
                 layer.scaling.update(before)
+            if switched_off:
+                pipe.disable_lora()
         else:
             pipe.unload_lora_weights()
 
