@@ -2,7 +2,7 @@
 
 With --learned: what the 6-bit grid costs learned concepts, those of benchmarks/subjects.py, against fp32.
 Payload bytes and relative error (L2) on white noise, 12,480 values in 16 layers, mean of five seeds. The whole file
-may take 11,264 bytes; header and checksum take about 1.1 kB of it with one packed tensor, 2 to 3 kB with 16 named ones.
+may take 11,264 bytes; header and checksum take about 0.8 kB of it with one packed tensor, more with 16 named ones.
 """
 
 from __future__ import annotations

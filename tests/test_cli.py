@@ -100,12 +100,15 @@ def test_brackets_in_a_path_are_no_markup(run, tmp_path, name):
         (("-o", "{tmp}/file/milo.safetensors"), "cannot be written"),
         (("-o", "{tmp}"), "is a folder"),
         (("--steps", "0"), "steps is 0"),
+        (("--seed", str(10**20)), "seed is 100000000000000000000"),
+        (("--base", "{tmp}/none.safetensors"), "There is no file or folder"),
         (("--lr", "-1"), "learning_rate is -1.0"),
-        (("--base", "{tmp}/nobase"), "cannot be loaded"),
+        (("--base", "{tmp}/nobase"), "There is no file or folder"),
         (("--base", "{tmp}/empty"), "holds no diffusers pipeline"),
         (("--base", "{tmp}/file"), "is no .safetensors file"),
         (("--dtype", "fp12"), "'fp12' is no dtype"),
-        (("--device", "abacus"), "'abacus' is not usable"),
+        (("--device", "abacus"), "'abacus' is no device; use cpu"),
+        (("--device", "cuda:7"), "'cuda:7' is not usable"),
     ],
 )
 def test_bad_input_to_train(run, photos, tmp_path, args, message):
@@ -139,6 +142,9 @@ def test_bad_input_to_train(run, photos, tmp_path, args, message):
         (("a <milo>", "--concept", "{tmp}/none.safetensors"), "There is no concept file"),
         (("a <milo>", "--concept", "{tmp}/photo.png"), "is damaged or no safetensors"),
         (("a <milo>", "--guidance", "much"), "Invalid value"),
+        (("a <milo>", "--guidance", "nan"), "guidance_scale is nan"),
+        (("a <milo>", "--steps", "2000"), "steps is 2000; this base's scheduler has 1,000 timesteps"),
+        (("a <milo>", "--seed", str(2**63)), "it must be a whole number of 64 bits"),
     ],
 )
 def test_bad_input_to_generate(run, tmp_path, args, message):
@@ -150,15 +156,8 @@ def test_bad_input_to_generate(run, tmp_path, args, message):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "photo.png")
     code, said = run(
         "generate",
+        *("--concept", concept, "-o", tmp_path / "out", "--steps", 1, "--count", 1),
         *(a.format(tmp=tmp_path) for a in args),
-        "--concept",
-        concept,
-        "-o",
-        tmp_path / "out",
-        "--steps",
-        1,
-        "--count",
-        1,
     )
     assert code == 2
     assert message in said
@@ -274,3 +273,9 @@ def test_ctrl_c_keeps_what_was_learned(photos, tmp_path, told, sigint):
     assert started.returncode == 130, seen + rest
     assert "Stopped early; kept <milo>" in " ".join(rest.split())
     assert Concept.load(out).settings["steps"] >= 1
+
+
+def test_help_tells_what_the_arguments_are(run):
+    assert "What to draw" in run("generate", "--help")[1]
+    assert "A concept file" in run("inspect", "--help")[1]
+    assert run("trian")[1].count("Did you mean") == 1

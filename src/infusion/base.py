@@ -38,6 +38,10 @@ def load_base(
         raise InfusionError(f"prediction is {prediction!r}; use one of {', '.join(PREDICTIONS)}.")
     device = device or _best_device()
     dtype = _dtype(dtype)
+    try:
+        torch.device(device or "cpu")
+    except RuntimeError:
+        raise InfusionError(f"{device!r} is no device; use cpu, cuda, cuda:1 or mps.") from None
     pipe = _load_embedded() if str(base) == EMBEDDED else _load_other(str(base), dtype)
     require_unet(pipe)
     if prediction:
@@ -80,6 +84,10 @@ def _load_other(base: str, dtype: torch.dtype) -> DiffusionPipeline:
         if path.is_dir() and not (path / "model_index.json").exists():
             raise InfusionError(
                 f"{base!r} holds no diffusers pipeline (no model_index.json); give its top folder, or a .safetensors checkpoint."
+            )
+        if not path.exists() and (path.suffix == ".safetensors" or base.startswith(("/", ".", "~"))):
+            raise InfusionError(
+                f"There is no file or folder {base!r}; give a .safetensors checkpoint, a diffusers folder, a hub id, or 'embedded'."
             )
         return DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, safety_checker=None, use_safetensors=True)
     except InfusionError:

@@ -27,6 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    suggest_commands=False,  # click does
 )
 EMBEDDED = "embedded"  # base.EMBEDDED, which would wait for torch
 
@@ -73,7 +74,7 @@ def train(
     batch: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option("--lr", help="Learning rate, 0.01 to 0.03; 0.02 if not given."),
+        typer.Option("--lr", "--learning-rate", help="Learning rate, 0.01 to 0.03; 0.02 if not given."),
     ] = None,
     flip: Annotated[bool, typer.Option(help="Learn from mirror images too; --no-flip for asymmetric subjects.")] = True,
     mask: Annotated[bool, typer.Option(help="Count only the subject; --no-mask counts the whole picture.")] = True,
@@ -84,14 +85,15 @@ def train(
     evaluate_every: Annotated[
         int | None,
         typer.Option(
-            help="Look every so many steps at what is repeated and forgotten; curves go into OUT.checkups.json."
+            min=0,
+            help="Look every so many steps at what is repeated and forgotten; curves go beside the concept, as milo.checkups.json.",
         ),
     ] = None,
     stop_when_overfit: Annotated[
         bool,
         typer.Option(
             "--stop-when-overfit",
-            help="Stop when the photos' background or position comes back, and keep the best so far.",
+            help="Stop when the photos' background or position comes back, and keep the last state before.",
         ),
     ] = False,
     checkpointing: Annotated[

@@ -24,6 +24,14 @@ def hold_types(config: Any) -> None:
             said = error.errors()[0]["msg"]
             raise InfusionError(f"{field.name} is {value!r}: {said[0].lower()}{said[1:]}.") from None
         object.__setattr__(config, field.name, held)
+        if field.name == "seed":
+            check_seed(held)
+
+
+def check_seed(seed: int) -> None:
+    """Raise InfusionError for a seed that torch's generators do not take."""
+    if not -(2**63) <= seed < 2**63:
+        raise InfusionError(f"seed is {seed}; it must be a whole number of 64 bits, such as one from 0 to {2**63 - 1}.")
 
 
 @cache

@@ -5,6 +5,7 @@ Knows pipelines and files; whether concepts are attached is the caller's busines
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from infusion.config import check_seed
 from infusion.errors import InfusionError
 from infusion.lesson import added_conditions
 from infusion.streams import execution_device, require_unet
@@ -72,6 +74,14 @@ def drawing(
     for name, value in (("steps", steps), ("batch", batch)):
         if value is not None and value < 1:
             raise InfusionError(f"{name} is {value}; it must be at least 1.")
+    if steps > (most := pipe.scheduler.config["num_train_timesteps"]):
+        raise InfusionError(
+            f"steps is {steps}; this base's scheduler has {most:,} timesteps, so give at most as many, usually 20 to 50."
+        )
+    if not math.isfinite(guidance_scale):
+        raise InfusionError(f"guidance_scale is {guidance_scale}; give a finite number, usually 1 to 10.")
+    for seed in seeds:
+        check_seed(seed)
     batch = batch or default_batch(pipe)
     parts = range(0, len(prompts), batch)
     for number, start in enumerate(parts):

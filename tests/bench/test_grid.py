@@ -61,9 +61,9 @@ def test_a_file_and_overrides(tmp_path):
         ({"methods.infusion.prior": 32}, "preserves no prior"),
         ({"subjects.x": 1}, "'subjects' has no keys"),
         ({"modalities.style": "sketch"}, "'modalities' has no keys"),
-        ({"subject": 3}, "'subject' is 3"),
+        ({"subject": 3}, "There is no setting 'subject'; use one of split, subjects_seed"),
         ({"subjects": 0}, "greater than or equal to 1"),
-        ({"points": [5, 5]}, "must rise"),
+        ({"points": [5, 5]}, r"'points' is \[5, 5\]: give steps that rise from 1 on"),
         ({"methods.dreambooht": {}}, "'dreambooht' is no method; use one of class-word"),
         ({"methods.infusion.lr": 0.1}, "infusion has no setting 'lr'; use one of"),
         ({"methods.class-word.strengths": [0.5]}, "class-word learns nothing and has no setting 'strengths'"),
@@ -73,7 +73,10 @@ def test_a_file_and_overrides(tmp_path):
             for bad in (0.5, [], [1, 1.0], [0.0], ["half"], [True])
         ),
         ({"split": "train"}, "'dev' or 'test'"),
-        ({"modalities": [{"position": "above"}]}, "'left', 'center' or 'right'"),
+        ({"modalities": [{"position": "above"}]}, "'above': use one of left, center, right"),
+        ({"modalities": [{"style": "oil"}]}, "'modalities.0.style' is 'oil': use one of photo"),
+        ({"modalities": [{"background": "moon"}]}, "'moon': use one of beach"),
+        ({"modalities": [{"place": "left"}]}, "There is no setting 'modalities.0.place'"),
     ],
 )
 def test_nonsense_is_named(overrides, message):

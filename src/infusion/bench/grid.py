@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from infusion.errors import InfusionError
 from infusion.methods import METHODS, STRENGTH
+from infusion.world.vocabulary import BACKGROUNDS, POSITIONS, STYLES
 
 DEFAULTS = Path(__file__).parent / "defaults.toml"
 REFERENCES = ("class-word", "described")  # the base itself, nothing learned
@@ -26,7 +27,15 @@ class Modality(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     background: str | None = None
     style: str = "photo"
-    position: Literal["left", "center", "right"] = "center"
+    position: str = "center"
+
+    @field_validator("background", "style", "position")
+    @classmethod
+    def _of_the_world(cls, value: str | None, info: ValidationInfo) -> str | None:
+        known = {"background": BACKGROUNDS, "style": STYLES, "position": POSITIONS}[info.field_name or ""]
+        if value is not None and value not in known:
+            raise ValueError(f"use one of {', '.join(known)}")
+        return value
 
     @property
     def label(self) -> str:
@@ -55,7 +64,7 @@ class Grid(BaseModel):
     @classmethod
     def _rising(cls, points: tuple[int, ...]) -> tuple[int, ...]:
         if list(points) != sorted(set(points)) or points[0] < 1:
-            raise ValueError("must rise from at least 1")
+            raise ValueError("give steps that rise from 1 on, as in [50, 125]")
         return points
 
     @field_validator("methods")
@@ -148,9 +157,15 @@ def load_grid(path: Path | None = None, overrides: dict[str, Any] | None = None)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        given = "" if isinstance(first["input"], dict | list) else f" is {first['input']!r}"
+        if first["type"] == "extra_forbidden":
+            known = (Modality if where.startswith("modalities.") else Grid).model_fields
+            raise InfusionError(
+                f"There is no setting {where!r}; use one of {', '.join(known)}, of which bench/defaults.toml tells more."
+            ) from None
+        given = "" if isinstance(first["input"], dict) else f" is {first['input']!r}"
+        said = first["msg"].removeprefix("Value error, ")
         raise InfusionError(
-            f"The benchmark's setting {where!r}{given}: {first['msg']}. bench/defaults.toml shows all of them."
+            f"The benchmark's setting {where!r}{given}: {said}. bench/defaults.toml shows all of them."
         ) from None
 
 

@@ -59,6 +59,7 @@ BESIDE = (
     ("forgetting", "LFD, other prompts", "e"),
 )
 PARTS = (("color1", "first colour"), ("color2", "second colour"), ("pattern", "pattern"), ("accessory", "accessory"))
+_VARIETY = "Variety: mean distance among pictures of one prompt. "
 
 
 def write_benchmark(
@@ -126,8 +127,9 @@ def page(
         *_table(found, EVERY),
         "",
         'What the judge cannot tell does not count where it says "where told"; "told" is how much it tells, of other pictures for every method; a picture in which no subject is found is told, and wrong. '
-        "W2²: exact optimal transport between the pictures and the base's of the same prompts and seeds, in the first 16 principal components of the two sets' latents; grows with what is learned, so compare it at equal fidelity. Variety: mean distance among pictures of one prompt. "
-        "PRES: likeness of pictures of the plain class word to the subject. Nearer to a photo: how much smaller the pixel distance to the nearest photo is than the base's.",
+        "W2²: exact optimal transport between the pictures and the base's of the same prompts and seeds, in the first 16 principal components of the two sets' latents; grows with what is learned, so compare it at equal fidelity. "
+        + (_VARIETY if any(p.get("variety") for r in records for p in r["points"]) else "")
+        + "PRES: likeness of pictures of the plain class word to the subject. Nearer to a photo: how much smaller the pixel distance to the nearest photo is than the base's.",
         "",
         "## Cost",
         "",
