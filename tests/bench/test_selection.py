@@ -34,7 +34,7 @@ def test_a_method_does_not_win_by_subjects_that_others_have_yet_to_learn(tmp_pat
     assert whole_subjects([LEAKY, other_floor]) == [LEAKY, other_floor]  # none is whole: all there is
     text = write_benchmark(records, tmp_path, pictures=False).read_text()
     assert "2 jobs on 1 subjects" in text
-    assert "; 1 jobs of subjects that not every method has learned yet are left out. " in text
+    assert "; 1 job of subjects that not every method has learned yet is left out. " in text
     assert "3 jobs on 2 subjects" in write_benchmark(records, tmp_path, pictures=False, whole=False).read_text()
     assert "left out" not in write_benchmark([FLOOR, LEAKY], tmp_path, pictures=False).read_text()
 

@@ -97,7 +97,12 @@ def page(
     job = records[0]["job"]
     subjects = {(r["job"]["subjects_seed"], r["job"]["subject"]) for r in records}
     hours = sum(r["seconds"] for r in records) / 3600
-    waiting = f"; {left_out} jobs of subjects that not every method has learned yet are left out" if left_out else ""
+    jobs = "1 job" if left_out == 1 else f"{left_out} jobs"
+    waiting = (
+        f"; {jobs} of subjects that not every method has learned yet {'is' if left_out == 1 else 'are'} left out"
+        if left_out
+        else ""
+    )
     lines = [
         f"# {name.replace('-', ' ').capitalize()}",
         "",
