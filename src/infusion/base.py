@@ -39,7 +39,7 @@ def load_base(
     device = device or _best_device()
     dtype = _dtype(dtype)
     try:
-        torch.device(device or "cpu")
+        torch.device(device)
     except RuntimeError:
         raise InfusionError(f"{device!r} is no device; use cpu, cuda, cuda:1 or mps.") from None
     pipe = _load_embedded() if str(base) == EMBEDDED else _load_other(str(base), dtype)

@@ -224,8 +224,8 @@ def generate(
         pictures, paths = [], []
         on_step = lambda a, b: told("Drawing", a, b)  # noqa: E731
         with attach(pipe, *concepts, two_streams=not single_stream) if concepts else contextlib.nullcontext():
-            for prompt in prompts if concepts else ():  # an unknown name is told before anything is drawn
-                encode(pipe, prompt)
+            if concepts:
+                encode(pipe, prompts)  # an unknown name is told before anything is drawn
             for part in drawing(pipe, texts, seeds, steps, guidance, batch, negative, on_step):
                 pictures += part
                 paths += save_pictures(part, out, details)  # what is drawn is kept, whatever comes

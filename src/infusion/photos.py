@@ -58,7 +58,7 @@ def _given(photo: Image.Image | Photo | str | Path) -> Photo:
         return photo
     if isinstance(photo, str | Path):
         return _load(Path(photo), {})
-    return _with_alpha(ImageOps.exif_transpose(photo))
+    return _with_alpha(_eight_bits(ImageOps.exif_transpose(photo)))
 
 
 def _check_masks(pictures: Sequence[Path], photos: Set[str]) -> None:
@@ -98,9 +98,7 @@ def _mask(path: Path, photo: Path, size: tuple[int, int]) -> Image.Image:
             f"{str(path)!r} is {mask.width}x{mask.height}, its photo {size[0]}x{size[1]}; give a mask of the photo's shape."
         )
     with_alpha = _with_alpha(mask)
-    white = (
-        _eight_bits(mask).convert("LA").getchannel("L") if with_alpha.mask is None else with_alpha.image.convert("L")
-    )
+    white = mask.convert("LA").getchannel("L") if with_alpha.mask is None else with_alpha.image.convert("L")
     if with_alpha.mask is not None:  # white on nothing
         white = ImageChops.multiply(white, with_alpha.mask)
     if (brightest := int(np.asarray(white).max())) < 128:
@@ -115,7 +113,7 @@ def _open(path: Path) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             turned = ImageOps.exif_transpose(image)
             turned.load()
-            return turned
+            return _eight_bits(turned)
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise InfusionError(f"{str(path)!r} cannot be read as a picture ({error}); replace or remove it.") from None
 
@@ -132,7 +130,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _with_alpha(image: Image.Image) -> Photo:
-    image = _eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         alpha = rgba.getchannel("A")

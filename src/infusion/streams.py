@@ -29,7 +29,7 @@ from infusion.prompts import Mention
 Mode = Literal["joint", "record", "replay"]
 
 # Who alone is heard by a UNet's calls: a training's passes must not follow the plan of a drawing that broke off.
-_speaking: WeakKeyDictionary[nn.Module, Streams] = WeakKeyDictionary()
+_speaking: WeakKeyDictionary[nn.Module, Streams | None] = WeakKeyDictionary()
 
 
 def cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
@@ -190,10 +190,7 @@ class Streams:
             yield
         finally:
             self.plans, self.mode = before
-            if speaker is None:
-                del _speaking[self.unet]
-            else:
-                _speaking[self.unet] = speaker
+            _speaking[self.unet] = speaker
 
     def word_strengths(self) -> Tensor | None:
         """Of the UNet call in work, every row's strength on the concepts' words (b, m); None where no row carries one."""
@@ -209,7 +206,7 @@ class Streams:
     @torch.compiler.disable
     def _begin(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         self._call = None
-        if unet is not self.unet or _speaking.get(unet, self) is not self:
+        if unet is not self.unet or (_speaking.get(unet) or self) is not self:
             return None
         bound = self._signature.bind(*args, **kwargs)
         states = bound.arguments["encoder_hidden_states"]
