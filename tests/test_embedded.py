@@ -65,6 +65,7 @@ def gate_of(base, scenes):
         np.stack([attributes(d.scene) for d in drawn]),
         np.array([[ids for ids, _ in e] for e in encoded]),
         np.array([[words for _, words in e] for e in encoded]),
+        np.zeros((len(scenes), 2), np.int16),  # not looked at
     )
     latents = encode_pictures(base, [Image.fromarray(d.pixels) for d in drawn])
     return measure_maps(base.text_encoder, base.unet, latents, data)

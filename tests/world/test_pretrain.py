@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -24,7 +25,9 @@ from infusion.world.models import (
 )
 from infusion.world.picking import best_score
 from infusion.world.pretrain import PretrainConfig, draw_timesteps, subject_weights, train_base
+from infusion.world.reader import Reader
 from infusion.world.release import read_weights, write_weights
+from infusion.world.reward import RewardConfig
 from infusion.world.tokenizer import build_tokenizer
 from infusion.world.validation import measure_maps, validate
 
@@ -88,7 +91,7 @@ def test_the_base_trains_resumes_and_keeps_its_processors(data, tmp_path):
     config = PretrainConfig(scenes=64, minutes=60, batch=4, warmup=1, save_every=2, validate_every=3, judge_every=1)
     validation = (
         latents[:16],
-        Dataset(*(a[:16] for a in (data.pixels, data.masks, data.subjects, data.ids, data.words))),
+        Dataset(*(a[:16] for a in (data.pixels, data.masks, data.subjects, data.ids, data.words, data.scene))),
     )
     accelerator = Accelerator(cpu=True)
 
@@ -120,11 +123,45 @@ def test_the_base_trains_resumes_and_keeps_its_processors(data, tmp_path):
     assert gate.count > 10
 
 
+def test_a_reward_is_learned_from_beside_the_rest(data, tmp_path):
+    latents = torch.randn(64, LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(0)).half()
+    validation = (
+        latents[:16],
+        Dataset(*(a[:16] for a in (data.pixels, data.masks, data.subjects, data.ids, data.words, data.scene))),
+    )
+    config = PretrainConfig(
+        scenes=64, minutes=60, batch=4, warmup=1, validate_every=100, reward=RewardConfig(drawn=4, steps=4, batch=4)
+    )
+
+    def trained(name, weight, reader):
+        torch.manual_seed(0)
+        text, unet = build_text_encoder(build_tokenizer()), build_unet()
+        steps = train_base(
+            text, unet, latents, data, validation, tmp_path / name, replace(config, reward_weight=weight),
+            Accelerator(cpu=True), reader=reader,
+        )  # fmt: skip
+        return list(islice(steps, 2)), unet
+
+    reader = Reader(16, 32).eval().requires_grad_(False)
+    plain, plain_unet = trained("plain", 0.0, None)
+    unweighted, unweighted_unet = trained("unweighted", 0.0, reader)
+    rewarded, rewarded_unet = trained("rewarded", 0.1, reader)
+    assert [p.denoising for p in unweighted] == [p.denoising for p in plain]
+    assert all(map(torch.equal, unweighted_unet.parameters(), plain_unet.parameters()))
+    assert [p.reward for p in plain] == [None, None]
+    assert rewarded[0].denoising == plain[0].denoising
+    assert all(p.reward < 0 for p in rewarded)
+    assert not all(map(torch.equal, rewarded_unet.parameters(), plain_unet.parameters()))
+
+
 def test_validation_against_a_loop(data):
     torch.manual_seed(0)
     text, unet = build_text_encoder(build_tokenizer()).eval(), build_unet().eval()
     latents = torch.randn(64, LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(1)).half()
-    rows = (latents[:5], Dataset(*(a[:5] for a in (data.pixels, data.masks, data.subjects, data.ids, data.words))))
+    rows = (
+        latents[:5],
+        Dataset(*(a[:5] for a in (data.pixels, data.masks, data.subjects, data.ids, data.words, data.scene))),
+    )
     measured = validate(text, unet, *rows, timesteps=(300,))
     batch = sample_batch(*rows, np.arange(5), np.random.default_rng(0))
     noise = torch.randn(5, LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -51,15 +51,15 @@ def caption(scene: Scene, rng: np.random.Generator) -> Caption:
     style_named = scene.style != "photo" or rng.random() < 0.4
     style_last = style_named and rng.random() < 0.25
     if rng.random() < 0.9:
-        where = _pick(BACKGROUND_PHRASES[scene.background], rng)
+        where = pick(BACKGROUND_PHRASES[scene.background], rng)
         if rng.random() < 0.12 and (style_last or not style_named):
             text, spans = _prepend(f"{where}, ", text, spans)
         else:
             text += f" {where}"
     if style_last:
-        text += f" {_pick(STYLE_SUFFIXES[scene.style], rng)}"
+        text += f" {pick(STYLE_SUFFIXES[scene.style], rng)}"
     elif style_named:
-        text, spans = _prepend(f"{_pick(STYLE_PREFIXES[scene.style], rng)} ", text, spans)
+        text, spans = _prepend(f"{pick(STYLE_PREFIXES[scene.style], rng)} ", text, spans)
     return Caption(text, tuple(spans))
 
 
@@ -73,12 +73,12 @@ def _subject_phrase(placed: Placed, detail: float, count: int, rng: np.random.Ge
         patterned = s.pattern != "plain"
         colors = f"{s.color1} and {s.color2}" if patterned and rng.random() < 0.5 else s.color1
         if rng.random() < (0.75 if patterned else 0.15):
-            pattern = _pick(PATTERN_WORDS[s.pattern], rng)
+            pattern = pick(PATTERN_WORDS[s.pattern], rng)
             adjectives = [pattern, colors] if rng.random() < 0.7 else [colors, pattern]
         else:
             adjectives = [colors]
     elif rng.random() < detail * 0.4:
-        adjectives = [_pick(PATTERN_WORDS[s.pattern], rng)]
+        adjectives = [pick(PATTERN_WORDS[s.pattern], rng)]
     article = str(rng.choice(("a", "the", ""), p=(0.74, 0.14, 0.12)))
     first = (*adjectives, noun)[0]
     if article == "a" and first[0] in "aeiou":
@@ -87,13 +87,13 @@ def _subject_phrase(placed: Placed, detail: float, count: int, rng: np.random.Ge
     start = len(lead) + (1 if lead else 0)
     phrase = f"{lead} {noun}" if lead else noun
     if s.accessory != "none" and rng.random() < detail:
-        phrase += f" {_pick(ACCESSORY_PHRASES[s.accessory], rng)}"
+        phrase += f" {pick(ACCESSORY_PHRASES[s.accessory], rng)}"
     if rng.random() < (0.45 if count == 1 else 0.3):
-        phrase += f" {_pick(POSITION_PHRASES[placed.position], rng)}"
+        phrase += f" {pick(POSITION_PHRASES[placed.position], rng)}"
     return phrase, (start, start + len(noun))
 
 
-def _pick(phrases: tuple[str, ...], rng: np.random.Generator) -> str:
+def pick(phrases: tuple[str, ...], rng: np.random.Generator) -> str:
     """The canonical phrase half of the time, else any."""
     return phrases[0] if rng.random() < 0.5 else phrases[int(rng.integers(len(phrases)))]
 

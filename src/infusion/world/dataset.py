@@ -20,7 +20,7 @@ from infusion.cores import usable_cores
 from infusion.world.captions import Caption, caption
 from infusion.world.scenes import SIDE, Scene, held_out, random_scene, render
 from infusion.world.tokenizer import MAX_LENGTH, build_tokenizer, span_positions
-from infusion.world.truth import NONE, SUBJECT_HEADS, visible
+from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS, visible
 
 MAX_SUBJECTS = 3
 CAPTIONS_PER_SCENE = 4
@@ -35,7 +35,8 @@ class Dataset:
     pixels (n, SIDE, SIDE, 3) uint8; masks (n, MAX_SUBJECTS, GRID, GRID) uint8, 255 = inside;
     subjects (n, MAX_SUBJECTS, heads) int16, attributes as in `truth.visible`, NONE where there is no such subject;
     ids (n, CAPTIONS_PER_SCENE, MAX_LENGTH) int16 token ids; words (n, CAPTIONS_PER_SCENE,
-    MAX_SUBJECTS, MAX_LENGTH) bool, True where a token is the subject's class word.
+    MAX_SUBJECTS, MAX_LENGTH) bool, True where a token is the subject's class word; scene (n, 2) int16, background and style by
+    their place in `truth.SCENE_HEADS`.
     """
 
     pixels: np.ndarray
@@ -43,6 +44,7 @@ class Dataset:
     subjects: np.ndarray
     ids: np.ndarray
     words: np.ndarray
+    scene: np.ndarray
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -91,13 +93,14 @@ def load_dataset(folder: Path) -> Dataset:
 
 @dataclass(frozen=True)
 class Batch:
-    """latents (b, c, g, g); ids (b, m); words (b, s, m) bool; masks (b, s, g, g) in [0, 1]; subjects (b, s, heads)."""
+    """latents (b, c, g, g); ids (b, m); words (b, s, m) bool; masks (b, s, g, g) in [0, 1]; subjects (b, s, heads); scene (b, 2)."""
 
     latents: Tensor
     ids: Tensor
     words: Tensor
     masks: Tensor
     subjects: Tensor
+    scene: Tensor
 
 
 def sample_batch(
@@ -112,7 +115,8 @@ def sample_batch(
     words[empty] = False
     masks = torch.from_numpy(data.masks[rows].astype(np.float32) / 255)
     subjects = torch.from_numpy(data.subjects[rows].astype(np.int64))
-    return Batch(latents[torch.from_numpy(rows)].float(), ids, words, masks, subjects)
+    scene = torch.from_numpy(data.scene[rows].astype(np.int64))
+    return Batch(latents[torch.from_numpy(rows)].float(), ids, words, masks, subjects, scene)
 
 
 def attributes(scene: Scene) -> np.ndarray:
@@ -139,6 +143,7 @@ _LAYOUT = {
     "subjects": (np.int16, (MAX_SUBJECTS, len(SUBJECT_HEADS))),
     "ids": (np.int16, (CAPTIONS_PER_SCENE, MAX_LENGTH)),
     "words": (np.bool_, (CAPTIONS_PER_SCENE, MAX_SUBJECTS, MAX_LENGTH)),
+    "scene": (np.int16, (len(SCENE_HEADS),)),
 }
 
 
@@ -157,6 +162,7 @@ def _draw_chunk(seed: int, start: int, count: int) -> dict[str, np.ndarray]:
         masks = drawn.masks.reshape(-1, GRID, cells, GRID, cells).mean(axis=(2, 4))
         chunk["masks"][i, : len(masks)] = np.round(masks * 255)
         chunk["subjects"][i] = attributes(scene)
+        chunk["scene"][i] = [names.index(getattr(scene, name)) for name, names in SCENE_HEADS.items()]
         for c in range(CAPTIONS_PER_SCENE):
             chunk["ids"][i, c], chunk["words"][i, c] = encode_caption(caption(scene, rng))
     return chunk

@@ -47,6 +47,14 @@ def heat_targets(centre: Tensor) -> Tensor:
     return heat
 
 
+def focal_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Penalty-reduced focal loss of CenterNet (arXiv 1904.07850, equation 1), per subject, of heat logits (b, g, g) for `heat_targets`."""
+    p = logits.sigmoid().clamp(1e-4, 1 - 1e-4)
+    peak = (target == 1).float()
+    loss = peak * (1 - p) ** 2 * p.log() + (1 - peak) * (1 - target) ** 4 * p**2 * (1 - p).log()
+    return -loss.sum() / peak.sum().clamp_min(1)
+
+
 def cells(labels: Labels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Picture, subject, column and row of every subject's centre."""
     b, s = torch.nonzero(~labels.centre.isnan().any(-1), as_tuple=True)

@@ -31,7 +31,16 @@ from infusion.world.judge_figures import (
     read_trainings,
     training_of,
 )
-from infusion.world.judge_lessons import Labels, cells, corrupt, heat_targets, labels_of, mirrored, shows_change
+from infusion.world.judge_lessons import (
+    Labels,
+    cells,
+    corrupt,
+    focal_loss,
+    heat_targets,
+    labels_of,
+    mirrored,
+    shows_change,
+)
 from infusion.world.models import pixels_to_tensor
 from infusion.world.release import shipped_autoencoder
 from infusion.world.runs import Run, Schedule, build_accelerator, check_same, hardware, log, read_log
@@ -65,7 +74,7 @@ class JudgeConfig:
 
 def judge_losses(maps: Maps, labels: Labels, config: JudgeConfig) -> dict[str, Tensor]:
     """Loss of each head; every head of a subject is read at its centre's cell."""
-    losses = {"heat": _focal(maps.heat.float(), heat_targets(labels.centre).to(maps.heat.device))}
+    losses = {"heat": focal_loss(maps.heat.float(), heat_targets(labels.centre).to(maps.heat.device))}
     b, s, x, y = cells(labels)
     for k, name in enumerate(SUBJECT_HEADS):
         target = labels.subject[b, s, k]
@@ -127,14 +136,6 @@ def train_judge(
         run.update(torch.stack(list(losses.values())).sum(), accelerator)
         yield run.step, run.seconds, {name: float(loss.detach()) for name, loss in losses.items()}
     run.finish()
-
-
-def _focal(logits: Tensor, target: Tensor) -> Tensor:
-    """Penalty-reduced focal loss of CenterNet (arXiv 1904.07850, equation 1), per subject."""
-    p = logits.sigmoid().clamp(1e-4, 1 - 1e-4)
-    peak = (target == 1).float()
-    loss = peak * (1 - p) ** 2 * p.log() + (1 - peak) * (1 - target) ** 4 * p**2 * (1 - p).log()
-    return -loss.sum() / peak.sum().clamp_min(1)
 
 
 def main() -> None:

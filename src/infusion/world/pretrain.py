@@ -3,7 +3,8 @@
 Four stages, each resumed where it stopped: draw the training set, train the autoencoder, encode the
 set once, train text encoder and UNet together. `--minutes` ends the last stage by the clock, with
 the learning rate brought to zero by then. `--from-weights` goes on from the shipped weights alone
-(fresh optimizer, warm-up) in a new folder. Where a judge is shipped it picks the best checkpoint. A GPU wants larger
+(fresh optimizer, warm-up) in a new folder. `--reward-weight` adds to the last stage what a reader of latents makes of the
+base's own drawings, for bases that draw subjects already; the reader is trained before it. Where a judge is shipped it picks the best checkpoint. A GPU wants larger
 batches (`--batch 256`) and more scenes; neither was tried on one.
 `infusion.world.release` ships the result.
 """
@@ -43,8 +44,10 @@ from infusion.world.grounding import grounding_loss, recorded_maps
 from infusion.world.judge import shipped_judge
 from infusion.world.models import build_autoencoder, build_scheduler, build_text_encoder, build_unet
 from infusion.world.picking import best_score, judged, keep_best, save_best
+from infusion.world.reader import READER, Reader, ReaderConfig, reader_figures, train_reader
 from infusion.world.release import read_trainings, read_weights
-from infusion.world.runs import Run, Schedule, adamw, build_accelerator, check_same, hardware, log
+from infusion.world.reward import RewardConfig, own_states, reward
+from infusion.world.runs import Run, Schedule, adamw, build_accelerator, check_same, hardware, log, save_whole
 from infusion.world.segmentation import (
     SegmentationHead,
     attribute_loss,
@@ -75,6 +78,7 @@ class PretrainConfig:
     segmentation_weight: float = 0.3
     attribute_weight: float = 0.2
     subject_weight: float = 2.0  # how much more an error inside a subject's mask counts
+    reward_weight: float = 0.0  # of what the base's own drawings earn (`reward.py`)
     ema: float = 0.999
     seed: int = 0
     from_weights: bool = False
@@ -82,6 +86,8 @@ class PretrainConfig:
     validate_every: int = 1000
     judge_every: int = 2000
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    reader: ReaderConfig = field(default_factory=ReaderConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
 
     @property
     def schedule(self) -> Schedule:
@@ -92,7 +98,8 @@ class PretrainConfig:
 @dataclass(frozen=True)
 class Progress:
     """State yielded by `train_base` after every step: losses of the batch, pictures seen, seconds spent, and every
-    `validate_every` steps the validation, every `judge_every` the judge's score."""
+    `validate_every` steps the validation, every `judge_every` the judge's score. reward: what the base's own drawings earned, where
+    they are rewarded."""
 
     step: int
     seen: int
@@ -105,6 +112,7 @@ class Progress:
     learning_rate: float
     validation: Validation | None = None
     score: float | None = None
+    reward: float | None = None
 
 
 def draw_timesteps(rng: np.random.Generator, count: int, steps: int) -> Tensor:
@@ -189,12 +197,14 @@ def train_base(
     config: PretrainConfig,
     accelerator: Accelerator,
     inspect: Callable[[], float] | None = None,
+    reader: Reader | None = None,
 ) -> Iterator[Progress]:
     """Train both networks with v-prediction, the terms of `PretrainConfig`; they hold the averaged weights at the end.
 
     Every step yields; every `save_every` steps and at the end a checkpoint is written to `folder`,
     from which a later call with the same folder goes on. inspect: a score of the networks as they are, higher is
-    better; the best averaged weights by it are kept in `folder` (`picking.save_best`).
+    better; the best averaged weights by it are kept in `folder` (`picking.save_best`). reader: rewards the base's own drawings where
+    `config.reward_weight` is not 0; drawings begun before a kill are not gone on with.
     """
     set_seed(config.seed)
     device = accelerator.device
@@ -206,6 +216,8 @@ def train_base(
     best = best_score(folder) if run.step else float("-inf")
     alphas = build_scheduler().alphas_cumprod.to(device)
     table = meanings(build_tokenizer()).to(device)
+    own = own_states(text_encoder, unet, np.random.default_rng((config.seed, 13, run.step)), config.reward)
+    rewards = reader is not None and config.reward_weight > 0
     with recorded_maps(unet) as records, ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(draw_batch, latents, data, config, run.step, len(alphas))
         while run.unfinished:
@@ -213,9 +225,14 @@ def train_base(
             coming = ahead.submit(draw_batch, latents, data, config, run.step + 1, len(alphas))
             with accelerator.autocast():
                 terms = batch_terms(text_encoder, unet, head, records, batch, timesteps, noise, alphas, table, config)
+                loss, earned = terms.weighted(config), None
+                if rewards:
+                    rng = np.random.default_rng((config.seed, 17, run.step))
+                    earned = reward(text_encoder, unet, reader, next(own), rng, config.reward)
+                    loss = loss - config.reward_weight * earned
             records.clear()
             rate = run.learning_rate
-            run.update(terms.weighted(config), accelerator)
+            run.update(loss, accelerator)
             measured = score = None
             validates, judges = run.step % config.validate_every == 0, inspect and run.step % config.judge_every == 0
             if validates or judges:
@@ -226,7 +243,8 @@ def train_base(
                         best = score
                         save_best(folder, text_encoder, unet, score, run.step)
             losses = torch.stack([loss.detach() for loss in terms]).tolist()  # waits for the device once
-            yield Progress(run.step, run.step * config.batch, run.seconds, *losses, rate, measured, score)
+            earned = None if earned is None else float(earned.detach())
+            yield Progress(run.step, run.step * config.batch, run.seconds, *losses, rate, measured, score, earned)
     run.finish()
     head.remove()
 
@@ -297,6 +315,27 @@ def _train_autoencoder(
         log(folder, stage="autoencoder", step=step, averaged=True, psnr=psnr(model, fresh))
 
 
+def prepare_reader(
+    folder: Path,
+    latents: Tensor,
+    data: Dataset,
+    validation: tuple[Tensor, Dataset],
+    config: ReaderConfig,
+    accelerator: Accelerator,
+) -> Reader:
+    """The reader of `folder`, trained there first where it is not yet."""
+    reader, path = Reader(), folder / READER
+    if not path.exists():
+        for step, losses in train_reader(reader, latents, data, folder, config, accelerator):
+            if step % 200 == 0:
+                log(folder, stage="reader", step=step, **{k: round(v, 4) for k, v in losses.items()})
+        for timestep in (0, 200, 400):
+            log(folder, stage="reader reads", timestep=timestep, **reader_figures(reader, *validation, timestep))
+        save_whole(reader.state_dict(), path)
+    reader.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return reader.eval().requires_grad_(False).to(accelerator.device)
+
+
 def main() -> None:
     """Command line; every field of PretrainConfig that users vary is an option."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -312,6 +351,8 @@ def main() -> None:
         "segmentation_weight",
         "attribute_weight",
         "subject_weight",
+        "reward_weight",
+        "judge_every",
     ):
         default = getattr(PretrainConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
@@ -323,17 +364,24 @@ def main() -> None:
         type=float,
         help=f"wall time of its training; {AutoencoderConfig().minutes:g}, or 0 with --from-weights: the latents stay what they are",
     )
+    parser.add_argument(
+        "--reader-minutes", type=float, default=ReaderConfig().minutes, help="wall time of the reader's training"
+    )
     parser.add_argument("--from-weights", action="store_true", help="go on from the shipped weights alone")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     earlier = read_trainings() if args.from_weights else []
     if args.seed is None:  # other scenes, captions and noise than the trainings before
         args.seed = len(earlier)
-    options = {k: v for k, v in vars(args).items() if k not in ("folder", "autoencoder_minutes")}
+    options = {k: v for k, v in vars(args).items() if k not in ("folder", "autoencoder_minutes", "reader_minutes")}
     minutes = args.autoencoder_minutes
     if minutes is None:
         minutes = 0.0 if args.from_weights else AutoencoderConfig().minutes
-    config = PretrainConfig(**options, autoencoder=AutoencoderConfig(minutes=minutes))
+    config = PretrainConfig(
+        **options,
+        autoencoder=AutoencoderConfig(minutes=minutes),
+        reader=ReaderConfig(minutes=args.reader_minutes, seed=args.seed),
+    )
     check_same(args.folder, seed=config.seed, from_weights=config.from_weights, scenes=config.scenes)
     accelerator = build_accelerator()
     log(
@@ -352,7 +400,10 @@ def main() -> None:
         text_encoder.load_state_dict(read_weights("text_encoder"))
     fresh = validation_scenes(args.folder / "validation")
     validation = encode_dataset(autoencoder, fresh), fresh
-    sums = np.zeros(6)
+    reader = None
+    if config.reward_weight:
+        reader = prepare_reader(args.folder, latents, data, validation, config.reader, accelerator)
+    sums = np.zeros(7)
     judge = shipped_judge()
     if judge is None:
         log(
@@ -361,10 +412,11 @@ def main() -> None:
             missing="no checkpoint is picked; train a judge with infusion.world.judge_training",
         )
     inspect = partial(judged, judge, autoencoder, text_encoder, unet) if judge else None
-    for p in train_base(text_encoder, unet, latents, data, validation, args.folder, config, accelerator, inspect):
-        sums += (1, p.denoising, p.grounding, p.separation, p.segmentation, p.attribute)
+    steps = train_base(text_encoder, unet, latents, data, validation, args.folder, config, accelerator, inspect, reader)
+    for p in steps:
+        sums += (1, p.denoising, p.grounding, p.separation, p.segmentation, p.attribute, p.reward or 0.0)
         if p.step % 100 == 0:
-            _, denoising, grounding, separation, segmentation, attribute = sums / sums[0]
+            _, denoising, grounding, separation, segmentation, attribute, earned = sums / sums[0]
             sums[:] = 0
             log(
                 args.folder,
@@ -377,6 +429,7 @@ def main() -> None:
                 separation=round(separation, 4),
                 segmentation=round(segmentation, 4),
                 attribute=round(attribute, 4),
+                **({"reward": round(earned, 4)} if reader else {}),
                 lr=p.learning_rate,
             )
         if p.validation:

@@ -155,7 +155,7 @@ nothing else.
 | training set | {start["scenes"]:,} scenes drawn once a training, four captions each; held-out combinations never drawn (`scenes.held_out`) |
 | autoencoder | {"; then ".join(f"{c['steps']:,} steps of {c['crops']} crops of 32x32 in {c['minutes']:g} min, {c['psnr']:.1f} dB PSNR" for c in coders)}; the last 15 % of each on whole scenes |
 | text encoder and UNet | {seen:,} pictures seen, v-prediction, AdamW, averaged weights ({start["ema"]}), captions dropped {start["caption_dropout"]:.0%} |
-| terms beside denoising | grounding: the class word's maps of 16x16 and 8x8 on the subject's mask; separation: words of one kind apart in the text encoder; segmentation and attributes: each pixel's class, colours, pattern and accessory, read from features; subjects: how much more errors inside masks count |
+| terms beside denoising | grounding: the class word's maps of 16x16 and 8x8 on the subject's mask; separation: words of one kind apart in the text encoder; segmentation and attributes: each pixel's class, colours, pattern and accessory, read from features; subjects: how much more errors inside masks count; reward: what a reader of latents, trained beside it on the same scenes and other than the judge, says of the base's own drawings of seen combinations |
 | wall time | text encoder and UNet {minutes:.0f} min, with other work beside it |
 | map gate | peak inside the mask {gate.get("peak", float("nan")):.1%}, soft IoU {gate.get("iou", float("nan")):.2f}, inside/outside {gate.get("ratio", float("nan")):.1f}, two subjects each on its own {gate.get("own", float("nan")):.1%} ({gate.get("count", 0)} subjects) |
 
@@ -198,6 +198,7 @@ _SETTINGS = {
     "segmentation": "segmentation_weight",
     "attributes": "attribute_weight",
     "subjects": "subject_weight",
+    "reward": "reward_weight",
 }
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from infusion.world.captions import pick
 from infusion.world.scenes import Placed, Scene, held_out, random_scene
 from infusion.world.truth import COLORED
 from infusion.world.vocabulary import (
     ACCESSORY_PHRASES,
     BACKGROUND_PHRASES,
     CLASS_WORDS,
+    PATTERN_WORDS,
     POSITION_PHRASES,
     STYLE_PREFIXES,
 )
@@ -60,6 +64,23 @@ def unseen_scenes(count: int, seed: int, subjects: int = 1) -> list[tuple[Scene,
     return found
 
 
+def seen_request(rng: np.random.Generator) -> Request:
+    """A request for one or two subjects of different classes in a combination that training sees, worded with synonyms as captions are. It
+    names more than they do: of one subject colours and pattern in 60 %, an accessory in 80, the position in 40; of two less."""
+    while True:
+        scene = random_scene(rng)
+        kinds = {p.subject.kind for p in scene.subjects}
+        if len(kinds) == len(scene.subjects) <= 2 and not held_out(scene):
+            break
+    shares = (0.6, 0.6, 0.4, 0.8) if len(scene.subjects) == 1 else (0.8, 0.1, 0.15, 0.2)
+    colored = scene.style in COLORED
+    subjects = []
+    for placed in scene.subjects:
+        color, pattern, position, accessory = rng.random(4) < shares
+        subjects.append(_wanted(placed, colored and color, pattern, position, accessory))
+    return _worded(scene, tuple(subjects), rng)
+
+
 def _request(scene: Scene, rng: np.random.Generator) -> Request:
     colored = scene.style in COLORED
     placed, *others = scene.subjects
@@ -71,29 +92,35 @@ def _request(scene: Scene, rng: np.random.Generator) -> Request:
     return _worded(scene, (_wanted(placed, colored and names_color, names_pattern, names_position),))
 
 
-def _wanted(placed: Placed, color: bool, pattern: bool, position: bool) -> Wanted:
+def _wanted(placed: Placed, color: bool, pattern: bool, position: bool, accessory: bool = True) -> Wanted:
     s = placed.subject
     return Wanted(
         s.kind,
         color1=s.color1 if color else None,
         color2=s.color2 if color and pattern and s.pattern != "plain" else None,
         pattern=s.pattern if pattern else None,
-        accessory=s.accessory if s.accessory != "none" else None,
+        accessory=s.accessory if accessory and s.accessory != "none" else None,
         position=placed.position if position else None,
     )
 
 
-def _worded(scene: Scene, subjects: tuple[Wanted, ...]) -> Request:
-    text = " and ".join(phrase(s) for s in subjects)
-    where = BACKGROUND_PHRASES[scene.background][0]
-    return Request(f"{STYLE_PREFIXES[scene.style][0]} {text} {where}", scene.background, scene.style, subjects)
+def _worded(scene: Scene, subjects: tuple[Wanted, ...], rng: np.random.Generator | None = None) -> Request:
+    say = _first if rng is None else partial(pick, rng=rng)
+    text = " and ".join(phrase(s, say) for s in subjects)
+    text = f"{say(STYLE_PREFIXES[scene.style])} {text} {say(BACKGROUND_PHRASES[scene.background])}"
+    return Request(text, scene.background, scene.style, subjects)
 
 
-def phrase(wanted: Wanted) -> str:
-    """The words for one subject: "a spotted purple and yellow dog with a hat on the left"."""
+def _first(phrases: Sequence[str]) -> str:
+    return phrases[0]
+
+
+def phrase(wanted: Wanted, say: Callable[[tuple[str, ...]], str] = _first) -> str:
+    """The words for one subject: "a spotted purple and yellow dog with a hat on the left". say: which of several phrases for one thing."""
+    pattern = say(PATTERN_WORDS[wanted.pattern]) if wanted.pattern else None
     colors = " and ".join(c for c in (wanted.color1, wanted.color2) if c)
-    words = [w for w in (wanted.pattern, colors, CLASS_WORDS[wanted.kind][0]) if w]
+    words = [w for w in (pattern, colors, say(CLASS_WORDS[wanted.kind])) if w]
     text = f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
     if wanted.accessory:
-        text += f" {ACCESSORY_PHRASES[wanted.accessory][0]}"
-    return text + (f" {POSITION_PHRASES[wanted.position][0]}" if wanted.position else "")
+        text += f" {say(ACCESSORY_PHRASES[wanted.accessory])}"
+    return text + (f" {say(POSITION_PHRASES[wanted.position])}" if wanted.position else "")

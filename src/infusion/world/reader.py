@@ -1,0 +1,207 @@
+"""The reader: tells from noised latents what a scene shows. The base's training is rewarded by it (`reward.py`).
+
+It is not the judge and shares nothing with it: another network, over latents and noise where the judge looks at pictures, learned from the
+base's own training scenes alone, never from held-out combinations. So the judge goes on looking from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor, nn
+
+from infusion.world.dataset import Batch, Dataset, sample_batch
+from infusion.world.judge_lessons import focal_loss, heat_targets
+from infusion.world.models import LATENT_CHANNELS, build_scheduler
+from infusion.world.runs import Run, Schedule
+from infusion.world.segmentation import IGNORED
+from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
+
+READER = "reader.pt"
+NOISIEST = 500  # timestep up to which it learns to read; beyond it classes are lost in the noise
+TIME_WIDTH = 128
+
+
+@dataclass(frozen=True)
+class ReaderConfig:
+    """Recipe of the reader. `minutes` is wall time over all parts; `clean` the share of latents without noise."""
+
+    minutes: float = 35.0
+    batch: int = 48
+    clean: float = 0.2
+    learning_rate: float = 1.5e-3
+    warmup: int = 200
+    decay: float = 0.6
+    ema: float = 0.999
+    seed: int = 0
+    save_every: int = 500
+
+    @property
+    def schedule(self) -> Schedule:
+        """Its part that every training by the clock has."""
+        return Schedule(self.minutes, self.learning_rate, self.warmup, self.decay, self.ema, self.save_every)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The reader's output for b latents, logits: `heat` (b, g, g) of a subject's centre, `subject` (b, names, g, g) and `scene`
+    (b, names) by head, fp32."""
+
+    heat: Tensor
+    subject: dict[str, Tensor]
+    scene: dict[str, Tensor]
+
+
+class Reader(nn.Module):
+    """Latents (b, c, 16, 16) noised to timesteps (b,) to `Seen`: blocks at 16x16, at 8x8 and at 16x16 again, a 1x1 head for each
+    attribute. 2.5 M parameters."""
+
+    def __init__(self, fine: int = 96, coarse: int = 160) -> None:
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(64, TIME_WIDTH), nn.SiLU(), nn.Linear(TIME_WIDTH, TIME_WIDTH), nn.SiLU())
+        self.stem = nn.Conv2d(LATENT_CHANNELS, fine, 3, padding=1)
+        self.fine = nn.ModuleList(TimedResidual(fine) for _ in range(2))
+        self.down = nn.Conv2d(fine, coarse, 3, 2, 1)
+        self.coarse = nn.ModuleList(TimedResidual(coarse) for _ in range(3))
+        self.back = nn.Conv2d(coarse, fine, 1)
+        self.merge = nn.ModuleList(TimedResidual(fine) for _ in range(2))
+        self.norm = nn.GroupNorm(16, fine)
+        self.heat = nn.Conv2d(fine, 1, 1)
+        self.subject = nn.ModuleDict({name: nn.Conv2d(fine, len(names), 1) for name, names in SUBJECT_HEADS.items()})
+        self.scene = nn.ModuleDict({name: nn.Linear(fine + coarse, len(names)) for name, names in SCENE_HEADS.items()})
+
+    def forward(self, latents: Tensor, timesteps: Tensor) -> Seen:
+        time = self.time(get_timestep_embedding(timesteps, 64, downscale_freq_shift=0, max_period=1000))
+        x = self.stem(latents)
+        for block in self.fine:
+            x = block(x, time)
+        coarse = self.down(x)
+        for block in self.coarse:
+            coarse = block(coarse, time)
+        x = x + F.interpolate(self.back(coarse), scale_factor=2.0, mode="nearest")
+        for block in self.merge:
+            x = block(x, time)
+        x = F.silu(self.norm(x))
+        whole = torch.cat([x.mean((2, 3)), coarse.mean((2, 3))], 1)
+        return Seen(
+            heat=self.heat(x)[:, 0].float(),
+            subject={name: head(x).float() for name, head in self.subject.items()},
+            scene={name: head(whole).float() for name, head in self.scene.items()},
+        )
+
+
+class TimedResidual(nn.Module):
+    """x + conv(act(scaled and shifted by the time (norm(conv(act(norm(x)))))))"""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(16, width), nn.Conv2d(width, width, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(16, width), nn.Conv2d(width, width, 3, padding=1)
+        self.time = nn.Linear(TIME_WIDTH, 2 * width)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        scale, shift = self.time(time)[:, :, None, None].chunk(2, 1)
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        return x + self.conv2(F.silu(h * (1 + scale) + shift))
+
+
+def noised(latents: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+    """Latents (b, c, g, g) at timesteps (b,) of the base's schedule; timestep 0 leaves them as they are."""
+    alphas = build_scheduler().alphas_cumprod.to(latents.device)[timesteps][:, None, None, None]
+    return torch.where(
+        (timesteps > 0)[:, None, None, None], alphas.sqrt() * latents + (1 - alphas).sqrt() * noise, latents
+    )
+
+
+def centres(masks: Tensor, subjects: Tensor) -> Tensor:
+    """Centre (x, y) of each subject's mask in cells, (b, s, 2), nan where there is none or hardly any of it. masks (b, s, g, g) in
+    [0, 1]; subjects (b, s, heads) as in `truth.visible`."""
+    mass = masks.sum((2, 3))
+    middles = torch.arange(masks.shape[-1], device=masks.device) + 0.5
+    centre = torch.stack([(masks.sum(2) * middles).sum(-1), (masks.sum(3) * middles).sum(-1)], -1) / mass[..., None]
+    return centre.masked_fill(((mass <= 1) | (subjects[..., 0] == NONE))[..., None], float("nan"))
+
+
+def reader_losses(seen: Seen, batch: Batch) -> dict[str, Tensor]:
+    """Loss of each head. A subject's heads are held to the truth at its centre, and at half weight wherever its mask is."""
+    device = seen.heat.device
+    masks, subjects, scene = (x.to(device) for x in (batch.masks, batch.subjects, batch.scene))
+    centre = centres(masks, subjects)
+    losses = {"heat": focal_loss(seen.heat, heat_targets(centre.cpu()).to(device))}
+    b, s = torch.nonzero(~centre.isnan().any(-1), as_tuple=True)
+    x, y = centre[b, s].long().clamp(0, masks.shape[-1] - 1).unbind(-1)
+    inside, owner = masks.max(1)
+    for k, name in enumerate(SUBJECT_HEADS):
+        target = subjects[b, s, k]
+        known = target != NONE
+        at_centre = _cross_entropy(seen.subject[name][b[known], :, y[known], x[known]], target[known])
+        label = subjects[..., k].gather(1, owner.flatten(1)).view_as(owner)
+        label = torch.where((inside > 0.5) & (label != NONE), label, IGNORED)
+        losses[name] = at_centre + 0.5 * _cross_entropy(seen.subject[name], label)
+    for k, name in enumerate(SCENE_HEADS):
+        losses[name] = F.cross_entropy(seen.scene[name], scene[:, k])
+    return losses
+
+
+def train_reader(
+    reader: Reader, latents: Tensor, data: Dataset, folder: Path, config: ReaderConfig, accelerator: Accelerator
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Train by the clock on latents (n, c, g, g) of `data`, yielding (step, losses); resumes from `folder` after a kill. The reader holds
+    the averaged weights at the end."""
+    torch.manual_seed(config.seed)
+    device = accelerator.device
+    reader.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(
+        reader.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.02, fused=True
+    )
+    run = Run(reader, optimizer, config.schedule, folder / "reader-run.pt")
+    while run.unfinished:
+        rng = np.random.default_rng((config.seed, 11, run.step))
+        rows = rng.choice(len(latents), min(config.batch, len(latents)), replace=False)
+        batch = sample_batch(latents, data, rows, rng)
+        levels = NOISIEST * rng.random(len(rows)) ** 1.3 * (rng.random(len(rows)) >= config.clean)
+        timesteps = torch.from_numpy(levels.astype(np.int64)).to(device)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        noise = torch.randn(batch.latents.shape, generator=generator).to(device)
+        noisy = noised(batch.latents.to(device), timesteps, noise)
+        with accelerator.autocast():
+            seen = reader(noisy.contiguous(memory_format=torch.channels_last), timesteps)
+        losses = reader_losses(seen, batch)
+        run.update(torch.stack(list(losses.values())).sum(), accelerator)
+        yield run.step, {name: float(loss.detach()) for name, loss in losses.items()}
+    run.finish()
+    reader.eval()
+
+
+@torch.no_grad()
+def reader_figures(reader: Reader, latents: Tensor, data: Dataset, timestep: int) -> dict[str, float]:
+    """Share of right answers of each head on all of `latents` noised to `timestep`, a subject's at its centre, of what shows at all."""
+    device = next(reader.parameters()).device
+    batch = sample_batch(latents, data, np.arange(len(latents)), np.random.default_rng(0))
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
+    at = torch.full((len(latents),), timestep)
+    seen = reader(noised(batch.latents, at, noise).to(device), at.to(device))
+    centre = centres(batch.masks, batch.subjects)
+    b, s = torch.nonzero(~centre.isnan().any(-1), as_tuple=True)
+    x, y = centre[b, s].long().clamp(0, batch.masks.shape[-1] - 1).unbind(-1)
+    right = {}
+    for k, name in enumerate(SUBJECT_HEADS):
+        target = batch.subjects[b, s, k]
+        told = seen.subject[name].cpu()[b, :, y, x].argmax(1)
+        right[name] = float((told == target)[target != NONE].float().mean())
+    for k, name in enumerate(SCENE_HEADS):
+        right[name] = float((seen.scene[name].cpu().argmax(1) == batch.scene[:, k]).float().mean())
+    return {name: round(share, 4) for name, share in right.items()}
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over the targets that count; zero where none does."""
+    counted = (target != IGNORED).sum().clamp_min(1)
+    return F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="sum") / counted
