@@ -26,6 +26,8 @@ from infusion.world.judge import Judge, JudgeNetwork
 from infusion.world.judge_training import JudgeConfig, train_judge
 from infusion.world.models import build_autoencoder, build_pipeline, build_text_encoder, build_unet
 from infusion.world.pretrain import PretrainConfig, train_base
+from infusion.world.reader import Reader, ReaderConfig, reader_figures, train_reader
+from infusion.world.reward import RewardConfig
 from infusion.world.tokenizer import build_tokenizer
 from infusion.world.twins import build_families, load_families
 from tests.conftest import latents, random_concept
@@ -111,9 +113,17 @@ def test_the_worlds_own_trainings(tmp_path):
         encoded = encode_dataset(coder.eval(), data)
         lessons = train_judge(JudgeNetwork(), families, coder, tmp_path, JudgeConfig(families=2), accelerator)  # type: ignore[arg-type]
         assert [step for step, *_ in islice(lessons, 2)] == [1, 2]
-        config = PretrainConfig(batch=2, validate_every=2)
+        reader = Reader()
+        read = train_reader(reader, encoded, data, tmp_path, ReaderConfig(batch=2), accelerator)  # type: ignore[arg-type]
+        assert [step for step, _ in islice(read, 2)] == [1, 2]
+        assert all(0 <= share <= 1 for share in reader_figures(reader, encoded, data, 100).values())
+        config = PretrainConfig(
+            batch=2, validate_every=2, reward_weight=0.1, reward=RewardConfig(drawn=2, steps=2, batch=2)
+        )
         networks = build_text_encoder(build_tokenizer()), build_unet()
-        trained = train_base(*networks, encoded, data, (encoded, data), tmp_path, config, accelerator)  # type: ignore[arg-type]
+        trained = train_base(
+            *networks, encoded, data, (encoded, data), tmp_path, config, accelerator, reader=reader  # type: ignore[arg-type]
+        )  # fmt: skip
         assert list(islice(trained, 2))[-1].validation is not None
         drawn = draw(build_pipeline(coder, *networks), ["a dog", "a cat"], range(2))
         assert len(Judge(JudgeNetwork().to(device)).read(drawn)) == 2

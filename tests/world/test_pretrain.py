@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import islice
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler
 
+from infusion.errors import InfusionError
 from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, psnr, standardize, train_autoencoder
 from infusion.world.dataset import Dataset, build_dataset, load_dataset, sample_batch
 from infusion.world.grounding import LEVEL, grounding_loss, map_gate, recorded_maps
@@ -24,10 +25,11 @@ from infusion.world.models import (
     build_unet,
 )
 from infusion.world.picking import best_score
-from infusion.world.pretrain import PretrainConfig, draw_timesteps, subject_weights, train_base
-from infusion.world.reader import Reader
+from infusion.world.pretrain import PretrainConfig, draw_timesteps, prepare_reader, subject_weights, train_base
+from infusion.world.reader import Reader, ReaderConfig
 from infusion.world.release import read_weights, write_weights
 from infusion.world.reward import RewardConfig
+from infusion.world.runs import read_log
 from infusion.world.tokenizer import build_tokenizer
 from infusion.world.validation import measure_maps, validate
 
@@ -145,13 +147,37 @@ def test_a_reward_is_learned_from_beside_the_rest(data, tmp_path):
     reader = Reader(16, 32).eval().requires_grad_(False)
     plain, plain_unet = trained("plain", 0.0, None)
     unweighted, unweighted_unet = trained("unweighted", 0.0, reader)
-    rewarded, rewarded_unet = trained("rewarded", 0.1, reader)
+    barely, _ = trained("barely", 1e-9, reader)
+    rewarded, _ = trained("rewarded", 10.0, reader)
     assert [p.denoising for p in unweighted] == [p.denoising for p in plain]
     assert all(map(torch.equal, unweighted_unet.parameters(), plain_unet.parameters()))
     assert [p.reward for p in plain] == [None, None]
     assert rewarded[0].denoising == plain[0].denoising
-    assert all(p.reward < 0 for p in rewarded)
-    assert not all(map(torch.equal, rewarded_unet.parameters(), plain_unet.parameters()))
+    assert rewarded[0].reward == barely[0].reward
+    assert rewarded[1].reward > barely[1].reward  # of the same states: the first step's drawings have enough for two
+    with pytest.raises(InfusionError, match="wants a reader"):
+        trained("without", 0.1, None)
+
+
+def test_the_reader_is_trained_once(data, tmp_path):
+    latents = torch.randn(64, LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(0)).half()
+    accelerator, config = Accelerator(cpu=True), ReaderConfig(minutes=1e-6, batch=4)
+    validation = latents[:8], Dataset(*(a[:8] for a in astuple(data)))
+    first = prepare_reader(tmp_path, latents, data, validation, config, accelerator)
+    again = prepare_reader(tmp_path, latents, data, validation, replace(config, minutes=60), accelerator)
+    assert all(map(torch.equal, first.parameters(), again.parameters()))
+    assert not any(p.requires_grad for p in again.parameters())
+    lines = read_log(tmp_path)
+    assert [line["stage"] for line in lines] == ["reader reads"]
+    assert lines[0]["figures"].keys() == {"0", "200", "400"}
+
+
+def test_scenes_without_one_of_their_arrays_are_drawn_again(tmp_path):
+    assert list(build_dataset(tmp_path, 8, seed=3, workers=1)) == [8]
+    before = load_dataset(tmp_path).scene.copy()
+    (tmp_path / "scene.npy").unlink()
+    assert list(build_dataset(tmp_path, 8, seed=3, workers=1)) == [8]
+    assert (load_dataset(tmp_path).scene == before).all()
 
 
 def test_validation_against_a_loop(data):

@@ -61,8 +61,10 @@ def training_scene(seed: int, index: int) -> tuple[Scene, np.random.Generator]:
 
 
 def build_dataset(folder: Path, count: int, seed: int = 0, workers: int | None = None) -> Iterator[int]:
-    """Draw `count` scenes into `folder`, yielding how many are done. Does nothing where they exist."""
-    if (folder / "done").exists() and len(load_dataset(folder)) == count:
+    """Draw `count` scenes into `folder`, yielding how many are done. Does nothing where they exist; where an array of theirs is missing,
+    all are drawn again, the same."""
+    whole = (folder / "done").exists() and all((folder / f"{name}.npy").exists() for name in _LAYOUT)
+    if whole and len(load_dataset(folder)) == count:
         yield count
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,10 @@
 Four stages, each resumed where it stopped: draw the training set, train the autoencoder, encode the
 set once, train text encoder and UNet together. `--minutes` ends the last stage by the clock, with
 the learning rate brought to zero by then. `--from-weights` goes on from the shipped weights alone
-(fresh optimizer, warm-up) in a new folder. `--reward-weight` adds to the last stage what a reader of latents makes of the
-base's own drawings, for bases that draw subjects already; the reader is trained before it. Where a judge is shipped it picks the best checkpoint. A GPU wants larger
-batches (`--batch 256`) and more scenes; neither was tried on one.
+(fresh optimizer, warm-up) in a new folder. `--reward-weight` adds to the last stage what a reader of
+latents, trained before it, makes of the base's own drawings; for bases that draw subjects already.
+Where a judge is shipped it picks the best checkpoint. A GPU wants larger batches (`--batch 256`) and
+more scenes; neither was tried on one.
 `infusion.world.release` ships the result.
 """
 
@@ -29,6 +30,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from infusion.errors import InfusionError
 from infusion.world.autoencoder import (
     ENCODED,
     AutoencoderConfig,
@@ -203,9 +205,14 @@ def train_base(
 
     Every step yields; every `save_every` steps and at the end a checkpoint is written to `folder`,
     from which a later call with the same folder goes on. inspect: a score of the networks as they are, higher is
-    better; the best averaged weights by it are kept in `folder` (`picking.save_best`). reader: rewards the base's own drawings where
-    `config.reward_weight` is not 0; drawings begun before a kill are not gone on with.
+    better; the best averaged weights by it are kept in `folder` (`picking.save_best`). reader: rewards the base's own drawings, where
+    `config.reward_weight` is above 0; drawings begun before a kill are not gone on with. Raises InfusionError for such a weight without a
+    reader.
     """
+    if config.reward_weight > 0 and reader is None:
+        raise InfusionError(
+            f"reward_weight is {config.reward_weight:g}, which wants a reader (`prepare_reader`); give one, or a weight of 0."
+        )
     set_seed(config.seed)
     device = accelerator.device
     unet.to(device, memory_format=torch.channels_last)
@@ -217,7 +224,6 @@ def train_base(
     alphas = build_scheduler().alphas_cumprod.to(device)
     table = meanings(build_tokenizer()).to(device)
     own = own_states(text_encoder, unet, np.random.default_rng((config.seed, 13, run.step)), config.reward)
-    rewards = reader is not None and config.reward_weight > 0
     with recorded_maps(unet) as records, ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(draw_batch, latents, data, config, run.step, len(alphas))
         while run.unfinished:
@@ -226,9 +232,11 @@ def train_base(
             with accelerator.autocast():
                 terms = batch_terms(text_encoder, unet, head, records, batch, timesteps, noise, alphas, table, config)
                 loss, earned = terms.weighted(config), None
-                if rewards:
+                if config.reward_weight > 0:
+                    with _unrecorded(unet):
+                        states = next(own)
                     rng = np.random.default_rng((config.seed, 17, run.step))
-                    earned = reward(text_encoder, unet, reader, next(own), rng, config.reward)
+                    earned = reward(text_encoder, unet, reader, states, rng, config.reward)
                     loss = loss - config.reward_weight * earned
             records.clear()
             rate = run.learning_rate
@@ -242,9 +250,10 @@ def train_base(
                     if judges and (score := inspect()) > best:
                         best = score
                         save_best(folder, text_encoder, unet, score, run.step)
-            losses = torch.stack([loss.detach() for loss in terms]).tolist()  # waits for the device once
-            earned = None if earned is None else float(earned.detach())
-            yield Progress(run.step, run.step * config.batch, run.seconds, *losses, rate, measured, score, earned)
+            parts = [*terms, *([] if earned is None else [earned])]
+            values = torch.stack([part.detach() for part in parts]).tolist()  # waits for the device once
+            losses, rewards = values[: len(terms)], values[len(terms) :]
+            yield Progress(run.step, run.step * config.batch, run.seconds, *losses, rate, measured, score, *rewards)
     run.finish()
     head.remove()
 
@@ -324,16 +333,17 @@ def prepare_reader(
     accelerator: Accelerator,
 ) -> Reader:
     """The reader of `folder`, trained there first where it is not yet."""
+    torch.manual_seed(config.seed)
     reader, path = Reader(), folder / READER
     if not path.exists():
         for step, losses in train_reader(reader, latents, data, folder, config, accelerator):
             if step % 200 == 0:
                 log(folder, stage="reader", step=step, **{k: round(v, 4) for k, v in losses.items()})
-        for timestep in (0, 200, 400):
-            log(folder, stage="reader reads", timestep=timestep, **reader_figures(reader, *validation, timestep))
+        figures = {str(timestep): reader_figures(reader, *validation, timestep) for timestep in (0, 200, 400)}
+        log(folder, stage="reader reads", figures=figures)
         save_whole(reader.state_dict(), path)
     reader.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return reader.eval().requires_grad_(False).to(accelerator.device)
+    return reader.eval().requires_grad_(False).to(accelerator.device, memory_format=torch.channels_last)
 
 
 def main() -> None:
@@ -401,7 +411,7 @@ def main() -> None:
     fresh = validation_scenes(args.folder / "validation")
     validation = encode_dataset(autoencoder, fresh), fresh
     reader = None
-    if config.reward_weight:
+    if config.reward_weight > 0:
         reader = prepare_reader(args.folder, latents, data, validation, config.reader, accelerator)
     sums = np.zeros(7)
     judge = shipped_judge()

@@ -1,13 +1,14 @@
 """The reader: tells from noised latents what a scene shows. The base's training is rewarded by it (`reward.py`).
 
-It is not the judge and shares nothing with it: another network, over latents and noise where the judge looks at pictures, learned from the
-base's own training scenes alone, never from held-out combinations. So the judge goes on looking from outside.
+It is not the judge and shares no weights with it: another network, over latents and noise where the judge looks at pictures, learned from
+the base's own training scenes alone, never from held-out combinations. So the judge goes on looking from outside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -114,10 +115,20 @@ class TimedResidual(nn.Module):
 
 def noised(latents: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
     """Latents (b, c, g, g) at timesteps (b,) of the base's schedule; timestep 0 leaves them as they are."""
-    alphas = build_scheduler().alphas_cumprod.to(latents.device)[timesteps][:, None, None, None]
+    alphas = alphas_at(timesteps)
     return torch.where(
         (timesteps > 0)[:, None, None, None], alphas.sqrt() * latents + (1 - alphas).sqrt() * noise, latents
     )
+
+
+def alphas_at(timesteps: Tensor) -> Tensor:
+    """The base's schedule's cumulative alphas at timesteps (b,), (b, 1, 1, 1)."""
+    return _alphas().to(timesteps.device)[timesteps][:, None, None, None]
+
+
+@cache
+def _alphas() -> Tensor:
+    return build_scheduler().alphas_cumprod
 
 
 def centres(masks: Tensor, subjects: Tensor) -> Tensor:
@@ -155,7 +166,6 @@ def train_reader(
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Train by the clock on latents (n, c, g, g) of `data`, yielding (step, losses); resumes from `folder` after a kill. The reader holds
     the averaged weights at the end."""
-    torch.manual_seed(config.seed)
     device = accelerator.device
     reader.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(

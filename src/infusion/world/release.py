@@ -155,7 +155,7 @@ nothing else.
 | training set | {start["scenes"]:,} scenes drawn once a training, four captions each; held-out combinations never drawn (`scenes.held_out`) |
 | autoencoder | {"; then ".join(f"{c['steps']:,} steps of {c['crops']} crops of 32x32 in {c['minutes']:g} min, {c['psnr']:.1f} dB PSNR" for c in coders)}; the last 15 % of each on whole scenes |
 | text encoder and UNet | {seen:,} pictures seen, v-prediction, AdamW, averaged weights ({start["ema"]}), captions dropped {start["caption_dropout"]:.0%} |
-| terms beside denoising | grounding: the class word's maps of 16x16 and 8x8 on the subject's mask; separation: words of one kind apart in the text encoder; segmentation and attributes: each pixel's class, colours, pattern and accessory, read from features; subjects: how much more errors inside masks count; reward: what a reader of latents, trained beside it on the same scenes and other than the judge, says of the base's own drawings of seen combinations |
+| terms beside denoising | grounding: the class word's maps of 16x16 and 8x8 on the subject's mask; separation: words of one kind apart in the text encoder; segmentation and attributes: each pixel's class, colours, pattern and accessory, read from features; subjects: how much more errors inside masks count; reward: what a reader of latents, trained before it on the same scenes and other than the judge, says of the base's own drawings of seen combinations |
 | wall time | text encoder and UNet {minutes:.0f} min, with other work beside it |
 | map gate | peak inside the mask {gate.get("peak", float("nan")):.1%}, soft IoU {gate.get("iou", float("nan")):.2f}, inside/outside {gate.get("ratio", float("nan")):.1f}, two subjects each on its own {gate.get("own", float("nan")):.1%} ({gate.get("count", 0)} subjects) |
 
@@ -174,10 +174,17 @@ What it draws of 64 unseen combinations is in `docs/world.md`, with what was see
 **Its attention maps come from supervision.** Real Stable Diffusion gets usable maps from scale. This base is too small
 for that: its training holds the class word's map to the subject's true mask (as TokenCompose, arXiv 2312.03626).
 
-Train one like it: `python -m infusion.world.pretrain --folder runs/base --autoencoder-minutes {sum(c["minutes"] for c in coders):.0f} --minutes {minutes:.0f}`, then
+Train one like it: `python -m infusion.world.pretrain --folder runs/base --autoencoder-minutes {sum(c["minutes"] for c in coders):.0f} --minutes {minutes:.0f}`{_rewarded(start)}, then
 `python -m infusion.world.release --folder runs/base`. It uses a GPU where there is one. Go on from these weights
 alone: add `--from-weights` and a new folder.
 """
+
+
+def _rewarded(start: dict[str, Any]) -> str:
+    """How the last training was told to reward; nothing where it was not."""
+    if not start.get("reward_weight"):
+        return ""
+    return f" (the last of it with `--reward-weight {start['reward_weight']:g} --reader-minutes {start['reader']['minutes']:g}`)"
 
 
 def _kept(log: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:

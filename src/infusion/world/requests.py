@@ -1,4 +1,4 @@
-"""Prompts for combinations that the base's training never saw, each with what a picture must show to follow it."""
+"""Prompts for combinations that the base's training never saw, or does see, each with what a picture must show to follow it."""
 
 from __future__ import annotations
 
@@ -65,8 +65,9 @@ def unseen_scenes(count: int, seed: int, subjects: int = 1) -> list[tuple[Scene,
 
 
 def seen_request(rng: np.random.Generator) -> Request:
-    """A request for one or two subjects of different classes in a combination that training sees, worded with synonyms as captions are. It
-    names more than they do: of one subject colours and pattern in 60 %, an accessory in 80, the position in 40; of two less."""
+    """A request for one or two subjects of different classes in a combination that training sees, worded with synonyms as captions are. Of
+    one subject it names colours and pattern in 60 % each, an accessory in 80, the position in 40; of two colours in 80, an accessory
+    in 20, the position in 15, a pattern in 10."""
     while True:
         scene = random_scene(rng)
         kinds = {p.subject.kind for p in scene.subjects}

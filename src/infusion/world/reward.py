@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +21,10 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from infusion.world.models import LATENT_CHANNELS, LATENT_SIDE, build_scheduler
-from infusion.world.reader import NOISIEST, Reader, Seen, noised
+from infusion.world.reader import NOISIEST, Reader, Seen, alphas_at, noised
 from infusion.world.requests import Request, seen_request
 from infusion.world.tokenizer import build_tokenizer
-from infusion.world.truth import COLORED, NONE, SCENE_HEADS, SUBJECT_HEADS
+from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
 from infusion.world.vocabulary import CLASSES, POSITIONS
 
 SUBJECTS = 2  # at most, in a request
@@ -42,7 +43,7 @@ class RewardConfig:
     guidance: float = 6.0
     batch: int = 16
     earliest: int = 900
-    latest: int = 120
+    latest: int = 120  # at least 1: a finished drawing has no guess to make
     levels: tuple[float, float] = (0.1, 0.6)
     scene: float = 0.1
     scene_below: int = 500
@@ -51,8 +52,8 @@ class RewardConfig:
 
 
 class Asked(NamedTuple):
-    """What n prompts ask for, by place in each head, NONE where it is left open: subject (n, SUBJECTS, heads), third (n, SUBJECTS) of the
-    frame, scene (n, scene heads). int64."""
+    """What n prompts ask for, by place in each head: subject (n, SUBJECTS, heads) and third (n, SUBJECTS) of the frame, NONE where that is left
+    open, and scene (n, scene heads). int64."""
 
     subject: Tensor
     third: Tensor
@@ -78,7 +79,7 @@ class Earned(NamedTuple):
 
 
 def asked_of(requests: Sequence[Request]) -> Asked:
-    """What the requests ask for, as tensors; colours that a style hides are left open."""
+    """What the requests ask for, as tensors."""
     asked = Asked(
         torch.full((len(requests), SUBJECTS, len(SUBJECT_HEADS)), NONE),
         torch.full((len(requests), SUBJECTS), NONE),
@@ -88,7 +89,7 @@ def asked_of(requests: Sequence[Request]) -> Asked:
         for j, wanted in enumerate(request.subjects):
             for k, (name, values) in enumerate(SUBJECT_HEADS.items()):
                 value = getattr(wanted, name)
-                if value is not None and (request.style in COLORED or not name.startswith("color")):
+                if value is not None:
                     asked.subject[i, j, k] = values.index(value)
             if wanted.position:
                 asked.third[i, j] = POSITIONS.index(wanted.position)
@@ -129,8 +130,9 @@ def earned(seen: Seen, asked: Asked, enough: float) -> Earned:
 def own_states(
     text_encoder: CLIPTextModel, unet: UNet2DConditionModel, rng: np.random.Generator, config: RewardConfig
 ) -> Iterator[States]:
-    """States of the base's own drawings without end, `config.batch` at a time, of several drawings and timesteps mixed, each once. The
-    networks are used as they are when a drawing is needed, in the caller's autocast."""
+    """States of the base's own drawings without end, `config.batch` at a time, of several drawings and timesteps mixed, each at most once.
+    The networks are used as they are when a drawing is needed, in the caller's autocast. Raises ValueError where drawings that are drawn
+    together have fewer states than a batch."""
     tokenizer = build_tokenizer()
     while True:
         requests = [seen_request(rng) for _ in range(config.drawn)]
@@ -142,8 +144,13 @@ def own_states(
             config.drawn, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE,
             generator=torch.Generator().manual_seed(int(rng.integers(2**31))),
         ).to(unet.device)  # fmt: skip
-        *way, _ = trajectory(text_encoder, unet, ids, noise, config)
-        way = [(t, latents) for t, latents in way if config.latest <= t <= config.earliest]
+        way = takewhile(lambda state: state[0] >= config.latest, trajectory(text_encoder, unet, ids, noise, config))
+        way = [(t, latents) for t, latents in way if t <= config.earliest]
+        if len(way) * config.drawn < config.batch:
+            raise ValueError(
+                f"{config.drawn} drawings have {len(way)} states each from timestep {config.latest} to {config.earliest}: fewer than a batch of "
+                f"{config.batch}; draw more together, in more steps, or allow more timesteps."
+            )
         asked = Asked(*(x.to(unet.device).repeat(len(way), *[1] * (x.ndim - 1)) for x in asked_of(requests)))
         timesteps = torch.tensor([t for t, _ in way], device=unet.device).repeat_interleave(config.drawn)
         every = States(torch.cat([latents for _, latents in way]), timesteps, ids.repeat(len(way), 1), asked)
@@ -160,7 +167,8 @@ def trajectory(
     does, but that it yields."""
     scheduler = build_scheduler()
     scheduler.set_timesteps(config.steps)
-    states = torch.cat([text_encoder(no_prompt(ids)).last_hidden_state, text_encoder(ids).last_hidden_state])
+    told = text_encoder(ids).last_hidden_state
+    states = torch.cat([text_encoder(no_prompt(ids)).last_hidden_state.expand_as(told), told])
     latents = noise
     for t in scheduler.timesteps.tolist():
         yield t, latents
@@ -180,12 +188,13 @@ def reward(
     """What the states' guesses earn, their mean, a scalar to be made larger. The networks run in the caller's autocast."""
     latents, timesteps, ids, asked = states
     noisy = latents.contiguous(memory_format=torch.channels_last)
-    told = unet(noisy, timesteps, text_encoder(ids).last_hidden_state).sample.float()
+    prompts = text_encoder(ids).last_hidden_state
+    told = unet(noisy, timesteps, prompts).sample.float()
     with torch.no_grad():
-        empty = unet(noisy, timesteps, text_encoder(no_prompt(ids)).last_hidden_state).sample.float()
-    alphas = build_scheduler().alphas_cumprod.to(latents.device)[timesteps][:, None, None, None]
+        empty = unet(noisy, timesteps, text_encoder(no_prompt(ids)).last_hidden_state.expand_as(prompts)).sample.float()
+    alphas = alphas_at(timesteps)
     clean = alphas.sqrt() * latents - (1 - alphas).sqrt() * (empty + config.guidance * (told - empty))
-    share = torch.from_numpy(rng.uniform(*config.levels, len(timesteps))).to(timesteps.device)
+    share = torch.from_numpy(rng.uniform(*config.levels, len(timesteps)).astype(np.float32)).to(timesteps.device)
     levels = (timesteps * share).long().clamp(1, NOISIEST)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31)))).to(clean)
     guess = noised(clean, levels, noise)
@@ -197,8 +206,8 @@ def reward(
 
 
 def no_prompt(ids: Tensor) -> Tensor:
-    """Token ids (n, m) of empty prompts: the start token, then the end token, which is also the padding, as in `ids` (n, m)."""
-    return torch.cat([ids[:, :1], ids[:, -1:].expand(-1, ids.shape[1] - 1)], 1)
+    """Token ids (1, m) of an empty prompt: the start token, then the end token, which is also the padding, as in `ids` (n, m)."""
+    return torch.cat([ids[:1, :1], ids[:1, -1:].expand(-1, ids.shape[1] - 1)], 1)
 
 
 def _doubled(latents: Tensor) -> Tensor:
