@@ -45,8 +45,8 @@ class RewardConfig:
     earliest: int = 900
     latest: int = 120  # at least 1: a finished drawing has no guess to make
     levels: tuple[float, float] = (0.1, 0.6)
-    scene: float = 0.1
-    scene_below: int = 500
+    scene: float = 0.5
+    scene_below: int = 700
     unasked: float = 0.3
     enough: float = -0.05
 
