@@ -25,7 +25,7 @@ from infusion.world.models import (
     build_unet,
 )
 from infusion.world.picking import best_score
-from infusion.world.pretrain import PretrainConfig, draw_timesteps, prepare_reader, subject_weights, train_base
+from infusion.world.pretrain import PretrainConfig, draw_timesteps, main, prepare_reader, subject_weights, train_base
 from infusion.world.reader import Reader, ReaderConfig
 from infusion.world.release import read_weights, write_weights
 from infusion.world.reward import RewardConfig
@@ -178,6 +178,14 @@ def test_scenes_without_one_of_their_arrays_are_drawn_again(tmp_path):
     (tmp_path / "scene.npy").unlink()
     assert list(build_dataset(tmp_path, 8, seed=3, workers=1)) == [8]
     assert (load_dataset(tmp_path).scene == before).all()
+
+
+def test_a_negative_weight_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["pretrain", "--folder", str(tmp_path / "run"), "--reward-weight", "-0.1"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--reward-weight is -0.1; a weight is 0 or more" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_validation_against_a_loop(data):

@@ -379,6 +379,11 @@ def main() -> None:
     )
     parser.add_argument("--from-weights", action="store_true", help="go on from the shipped weights alone")
     args = parser.parse_args()
+    for name, value in vars(args).items():
+        if name.endswith("_weight") and value < 0:
+            parser.error(
+                f"--{name.replace('_', '-')} is {value:g}; a weight is 0 or more: give 0 to leave the term out."
+            )
     args.folder.mkdir(parents=True, exist_ok=True)
     earlier = read_trainings() if args.from_weights else []
     if args.seed is None:  # other scenes, captions and noise than the trainings before
