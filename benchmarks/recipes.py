@@ -144,7 +144,7 @@ def train(
     predictor = recipe.wrap(unet) if recipe.wrap else unet
     head = SegmentationHead(unet).to(device)
     networks = nn.ModuleDict({"unet": unet, "text": text, "head": head})
-    run = Run(networks, recipe.optimizer(networks, config.learning_rate), config.schedule, folder / "unused.pt")
+    run = Run(networks, recipe.optimizer(networks, config.learning_rate), config, folder / "unused.pt")
     alphas, table = ALPHAS.to(device), meanings(build_tokenizer()).to(device)
     weights = None if recipe.time_weights is None else recipe.time_weights.to(device)
     with recorded_maps(unet) as records:

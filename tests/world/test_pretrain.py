@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import astuple, replace
+from dataclasses import fields, replace
 from itertools import islice
 
 import numpy as np
@@ -40,6 +40,11 @@ def data(tmp_path_factory):
     for _ in build_dataset(folder, 64, seed=1, workers=2):
         pass
     return load_dataset(folder)
+
+
+def first(data, count):
+    """The first `count` scenes of a dataset."""
+    return Dataset(**{f.name: getattr(data, f.name)[:count] for f in fields(data)})
 
 
 def test_the_autoencoder_learns_and_resumes(data, tmp_path):
@@ -91,10 +96,7 @@ def test_standardized_latents_decode_to_the_same_picture(data):
 def test_the_base_trains_resumes_and_keeps_its_processors(data, tmp_path):
     latents = torch.randn(64, LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(0)).half()
     config = PretrainConfig(scenes=64, minutes=60, batch=4, warmup=1, save_every=2, validate_every=3, judge_every=1)
-    validation = (
-        latents[:16],
-        Dataset(*(a[:16] for a in (data.pixels, data.masks, data.subjects, data.ids, data.words, data.scene))),
-    )
+    validation = latents[:16], first(data, 16)
     accelerator = Accelerator(cpu=True)
 
     def parts():
@@ -127,10 +129,7 @@ def test_the_base_trains_resumes_and_keeps_its_processors(data, tmp_path):
 
 def test_a_reward_is_learned_from_beside_the_rest(data, tmp_path):
     latents = torch.randn(64, LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(0)).half()
-    validation = (
-        latents[:16],
-        Dataset(*(a[:16] for a in (data.pixels, data.masks, data.subjects, data.ids, data.words, data.scene))),
-    )
+    validation = latents[:16], first(data, 16)
     config = PretrainConfig(
         scenes=64, minutes=60, batch=4, warmup=1, validate_every=100, reward=RewardConfig(drawn=4, steps=4, batch=4)
     )
@@ -162,10 +161,10 @@ def test_a_reward_is_learned_from_beside_the_rest(data, tmp_path):
 def test_the_reader_is_trained_once(data, tmp_path):
     latents = torch.randn(64, LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(0)).half()
     accelerator, config = Accelerator(cpu=True), ReaderConfig(minutes=1e-6, batch=4)
-    validation = latents[:8], Dataset(*(a[:8] for a in astuple(data)))
-    first = prepare_reader(tmp_path, latents, data, validation, config, accelerator)
+    validation = latents[:8], first(data, 8)
+    trained = prepare_reader(tmp_path, latents, data, validation, config, accelerator)
     again = prepare_reader(tmp_path, latents, data, validation, replace(config, minutes=60), accelerator)
-    assert all(map(torch.equal, first.parameters(), again.parameters()))
+    assert all(map(torch.equal, trained.parameters(), again.parameters()))
     assert not any(p.requires_grad for p in again.parameters())
     lines = read_log(tmp_path)
     assert [line["stage"] for line in lines] == ["reader reads"]
@@ -192,10 +191,7 @@ def test_validation_against_a_loop(data):
     torch.manual_seed(0)
     text, unet = build_text_encoder(build_tokenizer()).eval(), build_unet().eval()
     latents = torch.randn(64, LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(1)).half()
-    rows = (
-        latents[:5],
-        Dataset(*(a[:5] for a in (data.pixels, data.masks, data.subjects, data.ids, data.words, data.scene))),
-    )
+    rows = latents[:5], first(data, 5)
     measured = validate(text, unet, *rows, timesteps=(300,))
     batch = sample_batch(*rows, np.arange(5), np.random.default_rng(0))
     noise = torch.randn(5, LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(0))

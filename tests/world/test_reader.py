@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from infusion.world.dataset import build_dataset, load_dataset, sample_batch
+from infusion.world.dataset import build_dataset, load_dataset, sample_batch, training_scene
 from infusion.world.judge_lessons import focal_loss, heat_targets
 from infusion.world.models import LATENT_CHANNELS, build_scheduler
 from infusion.world.reader import (
@@ -91,8 +91,6 @@ def test_losses_against_a_loop(data, latents):
 
 
 def test_the_dataset_keeps_the_scenes_truth(data):
-    from infusion.world.dataset import training_scene
-
     for i in (0, 7, 23):
         scene, _ = training_scene(5, i)
         told = [names[j] for names, j in zip(SCENE_HEADS.values(), data.scene[i], strict=True)]

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from infusion.errors import InfusionError
-from infusion.world.runs import Run, Schedule, build_accelerator, check_same, hardware, log
+from infusion.world.runs import Run, build_accelerator, check_same, hardware, log
 
-SCHEDULE = Schedule(minutes=5, learning_rate=0.1, warmup=4, decay=0.5, ema=0.9, save_every=3)
+SCHEDULE = SimpleNamespace(minutes=5, learning_rate=0.1, warmup=4, decay=0.5, ema=0.9, save_every=3)
 
 
 def begun(path, schedule=SCHEDULE):

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 
 from infusion.world.dataset import Dataset
 from infusion.world.models import build_autoencoder, pixels_to_tensor
-from infusion.world.runs import Run, Schedule, save_whole
+from infusion.world.runs import Run, save_whole
 from infusion.world.scenes import SIDE
 
 ENCODED = "latents.pt"
@@ -39,11 +39,6 @@ class AutoencoderConfig:
     seed: int = 0
     save_every: int = 500
 
-    @property
-    def schedule(self) -> Schedule:
-        """Its part that every training by the clock has."""
-        return Schedule(self.minutes, self.learning_rate, self.warmup, self.decay, self.ema, self.save_every)
-
 
 def train_autoencoder(
     model: AutoencoderKL, data: Dataset, folder: Path, config: AutoencoderConfig, accelerator: Accelerator
@@ -54,7 +49,7 @@ def train_autoencoder(
     optimizer = torch.optim.AdamW(
         model.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
     )
-    run = Run(model, optimizer, config.schedule, folder / "autoencoder.pt")
+    run = Run(model, optimizer, config, folder / "autoencoder.pt")
     while run.unfinished:
         rng = np.random.default_rng((config.seed, run.step))
         batch = _batch(data, rng, config, whole=run.share >= 1 - config.whole).to(accelerator.device)

@@ -20,7 +20,7 @@ from infusion.cores import usable_cores
 from infusion.world.captions import Caption, caption
 from infusion.world.scenes import SIDE, Scene, held_out, random_scene, render
 from infusion.world.tokenizer import MAX_LENGTH, build_tokenizer, span_positions
-from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS, visible
+from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS, scene_labels, visible
 
 MAX_SUBJECTS = 3
 CAPTIONS_PER_SCENE = 4
@@ -164,7 +164,7 @@ def _draw_chunk(seed: int, start: int, count: int) -> dict[str, np.ndarray]:
         masks = drawn.masks.reshape(-1, GRID, cells, GRID, cells).mean(axis=(2, 4))
         chunk["masks"][i, : len(masks)] = np.round(masks * 255)
         chunk["subjects"][i] = attributes(scene)
-        chunk["scene"][i] = [names.index(getattr(scene, name)) for name, names in SCENE_HEADS.items()]
+        chunk["scene"][i] = scene_labels(scene)
         for c in range(CAPTIONS_PER_SCENE):
             chunk["ids"][i, c], chunk["words"][i, c] = encode_caption(caption(scene, rng))
     return chunk

@@ -47,7 +47,7 @@ def calibrate(
             torch.manual_seed(seed)
             pictures = corrupt(pixels_to_tensor(torch.from_numpy(data.pixels[rows])), autoencoder, rng, 0.6)
         maps = look(network, pictures)
-        b, s, x, y = cells(labels)
+        b, s, x, y = cells(labels.centre)
         for k, name in enumerate(SUBJECT_HEADS):
             known = labels.subject[b, s, k] != NONE
             p, answer = maps.subject[name][b, :, y, x][known].float().softmax(1).max(1)
@@ -148,7 +148,7 @@ def examine_told(judge: Judge, data: Families, autoencoder: AutoencoderKL, batch
         maps = look(
             judge.network, autoencoder.decode(autoencoder.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)
         )
-        b, s, x, y = cells(labels)
+        b, s, x, y = cells(labels.centre)
         for name, logits, target in (
             *((n, maps.subject[n][b, :, y, x], labels.subject[b, s, k]) for k, n in enumerate(SUBJECT_HEADS)),
             *((n, maps.scene[n], labels.scene[:, k]) for k, n in enumerate(SCENE_HEADS)),
@@ -203,7 +203,7 @@ def _here(labels: Labels, pairs: Tensor) -> Tensor:
 
 def _count(maps: Maps, labels: Labels, hits: dict[str, list[Tensor]]) -> None:
     present = ~labels.centre.isnan().any(-1)
-    b, s, x, y = cells(labels)
+    b, s, x, y = cells(labels.centre)
     for k, name in enumerate(SUBJECT_HEADS):
         target = labels.subject[b, s, k]
         known = target != NONE

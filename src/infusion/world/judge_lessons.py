@@ -38,11 +38,10 @@ def labels_of(data: Families, rows: np.ndarray) -> Labels:
 def heat_targets(centre: Tensor) -> Tensor:
     """Gaussians of one cell's width about every subject's centre (b, s, 2), the highest counting, and exactly 1 in the cell
     of each centre: (b, g, g) in [0, 1]."""
-    cells = torch.arange(GRID) + 0.5
-    dx, dy = cells - centre[..., :1], cells - centre[..., 1:]  # (b, s, g) each
+    middles = torch.arange(GRID) + 0.5
+    dx, dy = middles - centre[..., :1], middles - centre[..., 1:]  # (b, s, g) each
     heat = torch.exp(-(dy[..., :, None] ** 2 + dx[..., None, :] ** 2) / 2).nan_to_num(0.0).amax(1)
-    b, s = torch.nonzero(~centre.isnan().any(-1), as_tuple=True)
-    x, y = centre[b, s].long().clamp(0, GRID - 1).unbind(-1)
+    b, _, x, y = cells(centre)
     heat[b, y, x] = 1  # else a centre near a cell's corner would have no positive at all
     return heat
 
@@ -55,10 +54,10 @@ def focal_loss(logits: Tensor, target: Tensor) -> Tensor:
     return -loss.sum() / peak.sum().clamp_min(1)
 
 
-def cells(labels: Labels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Picture, subject, column and row of every subject's centre."""
-    b, s = torch.nonzero(~labels.centre.isnan().any(-1), as_tuple=True)
-    x, y = labels.centre[b, s].long().clamp(0, GRID - 1).unbind(-1)
+def cells(centre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Picture, subject, column and row of every subject's centre (b, s, 2), nan where there is none."""
+    b, s = torch.nonzero(~centre.isnan().any(-1), as_tuple=True)
+    x, y = centre[b, s].long().clamp(0, GRID - 1).unbind(-1)
     return b, s, x, y
 
 

@@ -43,7 +43,7 @@ from infusion.world.judge_lessons import (
 )
 from infusion.world.models import pixels_to_tensor
 from infusion.world.release import shipped_autoencoder
-from infusion.world.runs import Run, Schedule, build_accelerator, check_same, hardware, log, read_log
+from infusion.world.runs import Run, build_accelerator, check_same, hardware, log, read_log
 from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
 from infusion.world.twins import VIEWS, Families, build_families, load_families
 
@@ -66,16 +66,11 @@ class JudgeConfig:
     from_weights: bool = False
     save_every: int = 250
 
-    @property
-    def schedule(self) -> Schedule:
-        """Its part that every training by the clock has."""
-        return Schedule(self.minutes, self.learning_rate, self.warmup, self.decay, self.ema, self.save_every)
-
 
 def judge_losses(maps: Maps, labels: Labels, config: JudgeConfig) -> dict[str, Tensor]:
     """Loss of each head; every head of a subject is read at its centre's cell."""
     losses = {"heat": focal_loss(maps.heat.float(), heat_targets(labels.centre).to(maps.heat.device))}
-    b, s, x, y = cells(labels)
+    b, s, x, y = cells(labels.centre)
     for k, name in enumerate(SUBJECT_HEADS):
         target = labels.subject[b, s, k]
         known = target != NONE
@@ -122,7 +117,7 @@ def train_judge(
     optimizer = torch.optim.AdamW(
         network.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.02, fused=True
     )
-    run = Run(network, optimizer, config.schedule, folder / "judge.pt")
+    run = Run(network, optimizer, config, folder / "judge.pt")
     while run.unfinished:
         rng = np.random.default_rng((config.seed, run.step))
         chosen = rng.choice(len(data) // VIEWS, config.families, replace=False)

@@ -49,7 +49,7 @@ from infusion.world.picking import best_score, judged, keep_best, save_best
 from infusion.world.reader import READER, Reader, ReaderConfig, reader_figures, train_reader
 from infusion.world.release import read_trainings, read_weights
 from infusion.world.reward import RewardConfig, own_states, reward
-from infusion.world.runs import Run, Schedule, adamw, build_accelerator, check_same, hardware, log, save_whole
+from infusion.world.runs import Run, adamw, build_accelerator, check_same, hardware, log, save_whole
 from infusion.world.segmentation import (
     SegmentationHead,
     attribute_loss,
@@ -90,11 +90,6 @@ class PretrainConfig:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     reader: ReaderConfig = field(default_factory=ReaderConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-
-    @property
-    def schedule(self) -> Schedule:
-        """Its part that every training by the clock has."""
-        return Schedule(self.minutes, self.learning_rate, self.warmup, self.decay, self.ema, self.save_every)
 
 
 @dataclass(frozen=True)
@@ -219,7 +214,7 @@ def train_base(
     text_encoder.to(device)
     head = SegmentationHead(unet).to(device)
     networks = torch.nn.ModuleDict({"unet": unet, "text": text_encoder, "head": head})
-    run = Run(networks, adamw(networks, config.learning_rate), config.schedule, folder / CHECKPOINT)
+    run = Run(networks, adamw(networks, config.learning_rate), config, folder / CHECKPOINT)
     best = best_score(folder) if run.step else float("-inf")
     alphas = build_scheduler().alphas_cumprod.to(device)
     table = meanings(build_tokenizer()).to(device)

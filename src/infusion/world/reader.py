@@ -19,10 +19,10 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from infusion.world.dataset import Batch, Dataset, sample_batch
-from infusion.world.judge_lessons import focal_loss, heat_targets
+from infusion.world.judge_lessons import cells, focal_loss, heat_targets
 from infusion.world.models import LATENT_CHANNELS, build_scheduler
-from infusion.world.runs import Run, Schedule
-from infusion.world.segmentation import IGNORED
+from infusion.world.runs import Run
+from infusion.world.segmentation import head_targets, segmentation_loss
 from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
 
 READER = "reader.pt"
@@ -43,11 +43,6 @@ class ReaderConfig:
     ema: float = 0.999
     seed: int = 0
     save_every: int = 500
-
-    @property
-    def schedule(self) -> Schedule:
-        """Its part that every training by the clock has."""
-        return Schedule(self.minutes, self.learning_rate, self.warmup, self.decay, self.ema, self.save_every)
 
 
 @dataclass(frozen=True)
@@ -146,16 +141,13 @@ def reader_losses(seen: Seen, batch: Batch) -> dict[str, Tensor]:
     masks, subjects, scene = (x.to(device) for x in (batch.masks, batch.subjects, batch.scene))
     centre = centres(masks, subjects)
     losses = {"heat": focal_loss(seen.heat, heat_targets(centre.cpu()).to(device))}
-    b, s = torch.nonzero(~centre.isnan().any(-1), as_tuple=True)
-    x, y = centre[b, s].long().clamp(0, masks.shape[-1] - 1).unbind(-1)
-    inside, owner = masks.max(1)
+    b, s, x, y = cells(centre)
+    everywhere = head_targets(subjects, masks)
     for k, name in enumerate(SUBJECT_HEADS):
         target = subjects[b, s, k]
         known = target != NONE
-        at_centre = _cross_entropy(seen.subject[name][b[known], :, y[known], x[known]], target[known])
-        label = subjects[..., k].gather(1, owner.flatten(1)).view_as(owner)
-        label = torch.where((inside > 0.5) & (label != NONE), label, IGNORED)
-        losses[name] = at_centre + 0.5 * _cross_entropy(seen.subject[name], label)
+        at_centre = segmentation_loss(seen.subject[name][b[known], :, y[known], x[known]], target[known])
+        losses[name] = at_centre + 0.5 * segmentation_loss(seen.subject[name], everywhere[:, k])
     for k, name in enumerate(SCENE_HEADS):
         losses[name] = F.cross_entropy(seen.scene[name], scene[:, k])
     return losses
@@ -171,7 +163,7 @@ def train_reader(
     optimizer = torch.optim.AdamW(
         reader.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.02, fused=True
     )
-    run = Run(reader, optimizer, config.schedule, folder / "reader-run.pt")
+    run = Run(reader, optimizer, config, folder / "reader-run.pt")
     while run.unfinished:
         rng = np.random.default_rng((config.seed, 11, run.step))
         rows = rng.choice(len(latents), min(config.batch, len(latents)), replace=False)
@@ -198,9 +190,7 @@ def reader_figures(reader: Reader, latents: Tensor, data: Dataset, timestep: int
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
     at = torch.full((len(latents),), timestep)
     seen = reader(noised(batch.latents, at, noise).to(device), at.to(device))
-    centre = centres(batch.masks, batch.subjects)
-    b, s = torch.nonzero(~centre.isnan().any(-1), as_tuple=True)
-    x, y = centre[b, s].long().clamp(0, batch.masks.shape[-1] - 1).unbind(-1)
+    b, s, x, y = cells(centres(batch.masks, batch.subjects))
     right = {}
     for k, name in enumerate(SUBJECT_HEADS):
         target = batch.subjects[b, s, k]
@@ -209,9 +199,3 @@ def reader_figures(reader: Reader, latents: Tensor, data: Dataset, timestep: int
     for k, name in enumerate(SCENE_HEADS):
         right[name] = float((seen.scene[name].cpu().argmax(1) == batch.scene[:, k]).float().mean())
     return {name: round(share, 4) for name, share in right.items()}
-
-
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over the targets that count; zero where none does."""
-    counted = (target != IGNORED).sum().clamp_min(1)
-    return F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="sum") / counted

@@ -24,7 +24,7 @@ from infusion.world.models import LATENT_CHANNELS, LATENT_SIDE, build_scheduler
 from infusion.world.reader import NOISIEST, Reader, Seen, alphas_at, noised
 from infusion.world.requests import Request, seen_request
 from infusion.world.tokenizer import build_tokenizer
-from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
+from infusion.world.truth import NONE, SUBJECT_HEADS, scene_labels
 from infusion.world.vocabulary import CLASSES, POSITIONS
 
 SUBJECTS = 2  # at most, in a request
@@ -83,7 +83,7 @@ def asked_of(requests: Sequence[Request]) -> Asked:
     asked = Asked(
         torch.full((len(requests), SUBJECTS, len(SUBJECT_HEADS)), NONE),
         torch.full((len(requests), SUBJECTS), NONE),
-        torch.tensor([[names.index(getattr(r, h)) for h, names in SCENE_HEADS.items()] for r in requests]),
+        torch.tensor([scene_labels(request) for request in requests]),
     )
     for i, request in enumerate(requests):
         for j, wanted in enumerate(request.subjects):
@@ -172,7 +172,11 @@ def trajectory(
     latents = noise
     for t in scheduler.timesteps.tolist():
         yield t, latents
-        empty, told = unet(_doubled(latents), t, states).sample.float().chunk(2)
+        empty, told = (
+            unet(torch.cat([latents, latents]).contiguous(memory_format=torch.channels_last), t, states)
+            .sample.float()
+            .chunk(2)
+        )
         latents = scheduler.step(empty + config.guidance * (told - empty), t, latents).prev_sample
     yield 0, latents
 
@@ -208,7 +212,3 @@ def reward(
 def no_prompt(ids: Tensor) -> Tensor:
     """Token ids (1, m) of an empty prompt: the start token, then the end token, which is also the padding, as in `ids` (n, m)."""
     return torch.cat([ids[:1, :1], ids[:1, -1:].expand(-1, ids.shape[1] - 1)], 1)
-
-
-def _doubled(latents: Tensor) -> Tensor:
-    return torch.cat([latents, latents]).contiguous(memory_format=torch.channels_last)

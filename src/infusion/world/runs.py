@@ -13,9 +13,8 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -26,17 +25,22 @@ from torch import Tensor, nn
 from infusion.errors import InfusionError
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """minutes: wall time over all resumed parts. The learning rate rises over `warmup` steps and falls to zero over `decay`, a share
-    of the time. ema: decay of the averaged weights. save_every: steps between checkpoints."""
+class Schedule(Protocol):
+    """What the configuration of a training by the clock has. minutes: wall time over all resumed parts. The learning rate rises over
+    `warmup` steps and falls to zero over `decay`, a share of the time. ema: decay of the averaged weights. save_every: steps between checkpoints."""
 
-    minutes: float
-    learning_rate: float
-    warmup: int
-    decay: float
-    ema: float
-    save_every: int
+    @property
+    def minutes(self) -> float: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def decay(self) -> float: ...
+    @property
+    def ema(self) -> float: ...
+    @property
+    def save_every(self) -> int: ...
 
 
 class Run:

@@ -66,8 +66,13 @@ def class_targets(ids: Tensor, words: Tensor, masks: Tensor, table: Tensor) -> T
 def attribute_targets(subjects: Tensor, masks: Tensor) -> Tensor:
     """The attributes of what stands at each pixel, (b, len(ATTRIBUTES), g, g) int64; `IGNORED` outside of subjects and for what
     the style does not show. subjects (b, s, heads) as in `truth.visible`; masks (b, s, g, g) in [0, 1]."""
+    return head_targets(subjects, masks)[:, 1:]
+
+
+def head_targets(subjects: Tensor, masks: Tensor) -> Tensor:
+    """`attribute_targets` with the class before them, (b, heads, g, g)."""
     inside, subject = masks.max(1)  # (b, g, g)
-    label = subjects[..., 1:].transpose(1, 2)  # (b, a, s)
+    label = subjects.transpose(1, 2)  # (b, heads, s)
     label = label.gather(2, subject.flatten(1)[:, None].expand(-1, label.shape[1], -1)).unflatten(2, subject.shape[1:])
     return torch.where((inside > 0.5)[:, None] & (label != NONE), label, IGNORED)
 

@@ -27,6 +27,11 @@ COLORED = ("photo", "neon", "pixel art")  # styles that show colours
 NONE = -1
 
 
+def scene_labels(scene: object) -> list[int]:
+    """Background and style of a scene, or of a request for one, by their place in each head."""
+    return [values.index(getattr(scene, head)) for head, values in SCENE_HEADS.items()]
+
+
 def visible(subject: Subject, style: str) -> dict[str, int]:
     """The subject's names by their place in each head; NONE for colours in styles without any, and for a pattern whose
     two colours are one grey in sepia, where plain and striped look the same."""

@@ -17,7 +17,7 @@ from infusion.cores import usable_cores
 from infusion.world.judge import GRID
 from infusion.world.scenes import SIDE, Rendered, Scene, random_scene, render, with_subject
 from infusion.world.subjects import Subject, random_subject
-from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS, visible
+from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS, scene_labels, visible
 
 VIEWS = 4  # pictures of a family: the individual twice, its twin twice
 MAX_SUBJECTS = 3
@@ -118,7 +118,7 @@ def truth(drawn: Rendered) -> dict[str, np.ndarray]:
         subject[s] = list(visible(placed.subject, scene.style).values())
         ys, xs = np.mgrid[0:SIDE, 0:SIDE] + 0.5
         centre[s] = np.array([(mask * xs).sum(), (mask * ys).sum()]) / mask.sum() * GRID / SIDE
-    names = [values.index(getattr(scene, head)) for head, values in SCENE_HEADS.items()]
+    names = scene_labels(scene)
     return {"pixels": drawn.pixels, "subject": subject, "scene": np.array(names, np.int16), "centre": centre}
 
 
