@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from infusion.world.autoencoder import AutoencoderConfig, encode_dataset
+from infusion.world.base_training import PretrainConfig, batch_terms, draw_batch
 from infusion.world.dataset import CAPTIONS_PER_SCENE, Dataset
 from infusion.world.grounding import recorded_maps
 from infusion.world.models import build_scheduler, build_text_encoder, build_unet
-from infusion.world.pretrain import PretrainConfig, batch_terms, draw_batch, prepare
+from infusion.world.pretrain import prepare
 from infusion.world.runs import Run, adamw, build_accelerator, hardware
 from infusion.world.segmentation import SegmentationHead
 from infusion.world.separation import meanings

@@ -20,12 +20,12 @@ from infusion.methods.infusion import ConceptAdapter
 from infusion.photos import Photo
 from infusion.training import LearnConfig
 from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, train_autoencoder
+from infusion.world.base_training import PretrainConfig, train_base
 from infusion.world.dataset import build_dataset, load_dataset
 from infusion.world.examination import draw
 from infusion.world.judge import Judge, JudgeNetwork
 from infusion.world.judge_training import JudgeConfig, train_judge
 from infusion.world.models import build_autoencoder, build_pipeline, build_text_encoder, build_unet
-from infusion.world.pretrain import PretrainConfig, train_base
 from infusion.world.reader import Reader, ReaderConfig, reader_figures, train_reader
 from infusion.world.reward import RewardConfig
 from infusion.world.tokenizer import build_tokenizer

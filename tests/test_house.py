@@ -56,6 +56,7 @@ WORLD = (
     "questions",
     "examination",
     "picking",
+    "base_training",
     "pretrain",
 )
 

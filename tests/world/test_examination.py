@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from infusion.world import examination
 from infusion.world.examination import ceiling, copying, draw, examine_base, followed, nearest_distance, variety
 from infusion.world.judge import Judge, JudgeNetwork, Reading
 from infusion.world.models import build_pipeline, build_text_encoder, build_unet
-from infusion.world.picking import keep_best, save_best
+from infusion.world.picking import BEST, keep_best, save_best
 from infusion.world.requests import Request, Wanted, unseen_scenes
 from infusion.world.tokenizer import build_tokenizer
 from tests.world.test_requests import reading
@@ -108,10 +110,43 @@ def test_the_better_checkpoint_is_kept(tmp_path):
 
     with torch.no_grad():
         parameter.flatten()[0] = 5.0
-    assert keep_best(tmp_path, text, unet, score) == (5.0, None, None)
+    assert keep_best(tmp_path, text, unet, score) == ({"last": 5.0}, None, 1.0)
     save_best(tmp_path, text, unet, 5.0, 200)
     for now, kept, step in ((7.0, 7.0, None), (3.0, 5.0, 200)):
         with torch.no_grad():
             parameter.flatten()[0] = now
-        assert keep_best(tmp_path, text, unet, score) == (now, 5.0, step)
+        assert keep_best(tmp_path, text, unet, score) == ({"last": now, "best": 5.0}, step, 1.0)
         assert score() == kept
+
+
+def test_something_between_may_be_kept(tmp_path):
+    text, unet = build_text_encoder(build_tokenizer()), build_unet()
+    begun = torch.nn.ModuleDict({"unet": deepcopy(unet), "text_encoder": deepcopy(text)})
+    one, other = next(unet.parameters()), next(text.parameters())
+    before = one.detach().clone(), other.detach().clone()
+
+    def score() -> float:  # highest halfway
+        return -abs(float((one.detach() - before[0]).flatten()[0]) - 2.0)
+
+    with torch.no_grad():
+        one += 4.0
+        other += 1.0
+    picked = keep_best(tmp_path, text, unet, score, begun)
+    assert (picked.step, picked.share) == (None, 0.5)
+    assert {name: round(value, 4) for name, value in picked.scores.items()} == {
+        "last": -2.0, "0 of the way": -2.0, "0.25 of the way": -1.0, "0.5 of the way": 0.0, "0.75 of the way": -1.0
+    }  # fmt: skip
+    assert torch.allclose(one, before[0] + 2.0)
+    assert torch.allclose(other, before[1] + 0.5)
+    best = begun["unet"].state_dict()  # with a checkpoint that is better than the last weights, the way ends there
+    next(iter(best.values())).add_(2.5)
+    torch.save(
+        {"score": 0.0, "step": 7, "unet": best, "text_encoder": begun["text_encoder"].state_dict()}, tmp_path / BEST
+    )
+    with torch.no_grad():
+        one += 9.0
+    fresh = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(build_tokenizer())})
+    with torch.no_grad():
+        next(fresh["unet"].parameters()).copy_(before[0])
+    picked = keep_best(tmp_path, text, unet, score, fresh)
+    assert (picked.step, picked.share) == (7, 0.75)

@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler
 
 from infusion.errors import InfusionError
 from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, psnr, standardize, train_autoencoder
+from infusion.world.base_training import PretrainConfig, draw_timesteps, subject_weights, train_base
 from infusion.world.dataset import Dataset, build_dataset, load_dataset, sample_batch
 from infusion.world.grounding import LEVEL, grounding_loss, map_gate, recorded_maps
 from infusion.world.models import (
@@ -25,7 +26,7 @@ from infusion.world.models import (
     build_unet,
 )
 from infusion.world.picking import best_score
-from infusion.world.pretrain import PretrainConfig, draw_timesteps, main, prepare_reader, subject_weights, train_base
+from infusion.world.pretrain import main, prepare_reader
 from infusion.world.reader import Reader, ReaderConfig
 from infusion.world.release import read_weights, write_weights
 from infusion.world.reward import RewardConfig
@@ -117,7 +118,7 @@ def test_the_base_trains_resumes_and_keeps_its_processors(data, tmp_path):
     assert resumed.step == 3
     assert resumed.score is None
     assert resumed.seen == 12
-    assert resumed.denoising == pytest.approx(straight[2].denoising, rel=1e-3)
+    assert resumed.losses["denoising"] == pytest.approx(straight[2].losses["denoising"], rel=1e-3)
     assert straight[1].validation is None
     assert straight[2].validation is not None
     assert straight[2].validation.whole.keys() == straight[2].validation.subject.keys()
@@ -148,12 +149,14 @@ def test_a_reward_is_learned_from_beside_the_rest(data, tmp_path):
     unweighted, unweighted_unet = trained("unweighted", 0.0, reader)
     barely, _ = trained("barely", 1e-9, reader)
     rewarded, _ = trained("rewarded", 10.0, reader)
-    assert [p.denoising for p in unweighted] == [p.denoising for p in plain]
+    assert [p.losses["denoising"] for p in unweighted] == [p.losses["denoising"] for p in plain]
     assert all(map(torch.equal, unweighted_unet.parameters(), plain_unet.parameters()))
-    assert [p.reward for p in plain] == [None, None]
-    assert rewarded[0].denoising == plain[0].denoising
-    assert rewarded[0].reward == barely[0].reward
-    assert rewarded[1].reward > barely[1].reward  # of the same states: the first step's drawings have enough for two
+    assert not any("reward" in p.losses for p in plain)
+    assert rewarded[0].losses["denoising"] == plain[0].losses["denoising"]
+    assert rewarded[0].losses["reward"] == barely[0].losses["reward"]
+    assert (
+        rewarded[1].losses["reward"] > barely[1].losses["reward"]
+    )  # of the same states: the first step's drawings have enough for two
     with pytest.raises(InfusionError, match="wants a reader"):
         trained("without", 0.1, None)
 
@@ -184,6 +187,14 @@ def test_a_negative_weight_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert "--reward-weight is -0.1; a weight is 0 or more" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_that_draws_nothing_yet_is_not_rewarded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["pretrain", "--folder", str(tmp_path / "run"), "--reward-weight", "0.1"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "add --from-weights" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -6,17 +6,17 @@ from dataclasses import asdict
 
 import pytest
 
-from infusion.world.pretrain import PretrainConfig
+from infusion.world.base_training import PretrainConfig
 from infusion.world.release import model_card, training_of
 
 
-@pytest.mark.parametrize(("kept", "seen", "minutes"), [(None, 96_000, 50), (2000, 64_000, 33)])
-def test_the_card_tells_of_the_step_that_was_kept_and_of_earlier_trainings(tmp_path, kept, seen, minutes):
+@pytest.mark.parametrize(("kept", "share", "seen", "minutes"), [(None, 1.0, 96_000, 50), (2000, 0.5, 64_000, 33)])
+def test_the_card_tells_of_the_step_that_was_kept_and_of_earlier_trainings(tmp_path, kept, share, seen, minutes):
     log = [
         {"stage": "start", "time": 0, "hardware": "an abacus", **asdict(PretrainConfig())},
         {"stage": "autoencoder", "time": 1, "step": 7000, "mse": 0.1, "psnr": 27.0},
         *({"stage": "base", "time": step, "step": step, "seen": 32 * step, "seconds": step} for step in (1000, 2000, 3000)),
-        {"stage": "picked", "time": 4000, "last": 0.5, "best": 0.6, "kept": kept},
+        {"stage": "picked", "time": 4000, "scores": {"last": 0.5, "best": 0.6}, "kept": kept, "share": share},
         {"stage": "done", "time": 4001, "peak": 0.91, "iou": 0.51, "own": 0.84, "ratio": 9.0, "count": 10},
     ]  # fmt: skip
     training = training_of(log)
@@ -32,6 +32,7 @@ def test_the_card_tells_of_the_step_that_was_kept_and_of_earlier_trainings(tmp_p
     assert f"text encoder and UNet {minutes + 7} min" in card
     assert "1. 1,000 pictures in 7 min (an abacus); learning rate 0.5" in card
     assert f"2. {seen:,} pictures" in card
+    assert ("released is 50% of the way" in card) == (share < 1)
     assert "loss-2.png" in card
     assert "loss-1.png" not in card
     assert "8 bytes" in card

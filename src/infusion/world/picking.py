@@ -1,12 +1,18 @@
-"""The judge picks the base's best checkpoint."""
+"""The judge picks the base's best checkpoint, and how far to go from the weights that it began with.
+
+Weights between those before and after a training often do better than either: what was learned is mostly there, and what was lost is not yet
+(Wortsman and others, arXiv 2109.01903). A reward's gains and losses do so (docs/log.md).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from infusion.world.examination import draw, followed
@@ -17,17 +23,33 @@ from infusion.world.runs import save_whole
 from infusion.world.truth import SCENE_HEADS
 
 BEST = "best.pt"
+BLENDS = (0.0, 0.25, 0.5, 0.75)  # shares of the way that are tried beside all of it
+ONE = ("kind", *SCENE_HEADS, "color1", "pattern", "position")
+TWO = ("both", "own colors")
+
+
+class Picked(NamedTuple):
+    """What was kept. scores: of each candidate by name; step: that of the checkpoint, None for the last weights; share: how far of the way
+    from the weights that the training began with, 1 for all of it."""
+
+    scores: dict[str, float]
+    step: int | None
+    share: float
 
 
 def judged(
     judge: Judge, autoencoder: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, count: int = 128
 ) -> float:
-    """Mean over class, background, style, colour, pattern and position of the share of pictures that show what was asked for."""
+    """Mean of the shares of pictures that show what was asked for: of `count` with one subject its class, background, style, first colour,
+    pattern and position; of half as many with two subjects, that both are there, and each in its colour."""
     pipe = build_pipeline(autoencoder, text_encoder, unet)
     pipe.set_progress_bar_config(disable=True)
-    requests = unseen_requests(count, seed=1)
-    right = followed(requests, judge.read(draw(pipe, [r.prompt for r in requests], range(count))))
-    return sum(right[name].value for name in ("kind", *SCENE_HEADS, "color1", "pattern", "position")) / 6
+    shares = []
+    for subjects, number, names in ((1, count, ONE), (2, count // 2, TWO)):
+        requests = unseen_requests(number, seed=1, subjects=subjects)
+        right = followed(requests, judge.read(draw(pipe, [r.prompt for r in requests], range(number))))
+        shares += [right[name].value for name in names]
+    return sum(shares) / len(shares)
 
 
 def save_best(folder: Path, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, score: float, step: int) -> None:
@@ -43,20 +65,36 @@ def best_score(folder: Path) -> float:
 
 
 def keep_best(
-    folder: Path, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, inspect: Callable[[], float]
-) -> tuple[float, float | None, int | None]:
-    """Leave the better of the networks as they are and the checkpoint BEST, if there is one, in the networks; returns both
-    scores, and the checkpoint's step where it is the better one."""
-    last, path = inspect(), folder / BEST
-    if not path.exists():
-        return last, None, None
-    now = [{k: v.clone() for k, v in n.state_dict().items()} for n in (unet, text_encoder)]
-    best = torch.load(path, weights_only=True, map_location="cpu")
-    unet.load_state_dict(best["unet"])
-    text_encoder.load_state_dict(best["text_encoder"])
-    before = inspect()
-    if before > last:
-        return last, before, best["step"]
-    unet.load_state_dict(now[0])
-    text_encoder.load_state_dict(now[1])
-    return last, before, None
+    folder: Path,
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    inspect: Callable[[], float],
+    begun: nn.ModuleDict | None = None,
+) -> Picked:
+    """Leave the best in the networks: as they are, the checkpoint BEST, if there is one, or, where `begun` is given, something between that
+    and the better of the two. begun: both networks by part, as the training began."""
+    networks = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    top, step = _copy(networks), None
+    scores = {"last": inspect()}
+    if (folder / BEST).exists():
+        best = torch.load(folder / BEST, weights_only=True, map_location="cpu")
+        for part, network in networks.items():
+            network.load_state_dict(best[part])
+        scores["best"] = inspect()
+        if scores["best"] > scores["last"]:
+            top, step = _copy(networks), best["step"]
+    kept, share, highest = top, 1.0, max(scores.values())
+    if begun is not None:
+        start = _copy(begun)
+        for part in BLENDS:
+            blend = {name: torch.lerp(start[name].to(end), end, part) for name, end in top.items()}
+            networks.load_state_dict(blend)
+            scores[f"{part:g} of the way"] = score = inspect()
+            if score > highest:
+                kept, share, highest = blend, part, score
+    networks.load_state_dict(kept)
+    return Picked(scores, step, share)
+
+
+def _copy(networks: nn.ModuleDict) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in networks.state_dict().items()}

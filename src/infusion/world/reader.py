@@ -2,6 +2,10 @@
 
 It is not the judge and shares no weights with it: another network, over latents and noise where the judge looks at pictures, learned from
 the base's own training scenes alone, never from held-out combinations. So the judge goes on looking from outside.
+
+It reads style and background at every cell, and that a colour is not there. Else a drawing whose subject is coloured in a sketch would be a
+sketch to it, and one with an easier subject (docs/log.md). Since all cells of a scene have one style, subjects of other scenes are pasted
+into part of what it learns from.
 """
 
 from __future__ import annotations
@@ -26,17 +30,22 @@ from infusion.world.segmentation import head_targets, segmentation_loss
 from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
 
 READER = "reader.pt"
+COLORS = ("color1", "color2")
+COLORLESS = len(SUBJECT_HEADS["color1"])  # the answer of a colour's head in styles without colours
+HEADS = {name: (*names, "colorless") if name in COLORS else names for name, names in SUBJECT_HEADS.items()}
 NOISIEST = 500  # timestep up to which it learns to read; beyond it classes are lost in the noise
 TIME_WIDTH = 128
 
 
 @dataclass(frozen=True)
 class ReaderConfig:
-    """Recipe of the reader. `minutes` is wall time over all parts; `clean` the share of latents without noise."""
+    """Recipe of the reader. `minutes` is wall time over all parts; `clean` the share of latents without noise; `pasted` that of latents into
+    which another scene's subjects are pasted."""
 
     minutes: float = 35.0
     batch: int = 48
     clean: float = 0.2
+    pasted: float = 0.3
     learning_rate: float = 1.5e-3
     warmup: int = 200
     decay: float = 0.6
@@ -47,10 +56,11 @@ class ReaderConfig:
 
 @dataclass(frozen=True)
 class Seen:
-    """The reader's output for b latents, logits: `heat` (b, g, g) of a subject's centre, `subject` (b, names, g, g) and `scene`
-    (b, names) by head, fp32."""
+    """The reader's output for b latents, logits by cell, fp32: `heat` (b, g, g) of a subject's centre, `inside` (b, g, g) of a subject,
+    `subject` and `scene` (b, names, g, g) by head."""
 
     heat: Tensor
+    inside: Tensor
     subject: dict[str, Tensor]
     scene: dict[str, Tensor]
 
@@ -70,8 +80,9 @@ class Reader(nn.Module):
         self.merge = nn.ModuleList(TimedResidual(fine) for _ in range(2))
         self.norm = nn.GroupNorm(16, fine)
         self.heat = nn.Conv2d(fine, 1, 1)
-        self.subject = nn.ModuleDict({name: nn.Conv2d(fine, len(names), 1) for name, names in SUBJECT_HEADS.items()})
-        self.scene = nn.ModuleDict({name: nn.Linear(fine + coarse, len(names)) for name, names in SCENE_HEADS.items()})
+        self.inside = nn.Conv2d(fine, 1, 1)
+        self.subject = nn.ModuleDict({name: nn.Conv2d(fine, len(names), 1) for name, names in HEADS.items()})
+        self.scene = nn.ModuleDict({name: nn.Conv2d(fine, len(names), 1) for name, names in SCENE_HEADS.items()})
 
     def forward(self, latents: Tensor, timesteps: Tensor) -> Seen:
         time = self.time(get_timestep_embedding(timesteps, 64, downscale_freq_shift=0, max_period=1000))
@@ -85,11 +96,11 @@ class Reader(nn.Module):
         for block in self.merge:
             x = block(x, time)
         x = F.silu(self.norm(x))
-        whole = torch.cat([x.mean((2, 3)), coarse.mean((2, 3))], 1)
         return Seen(
             heat=self.heat(x)[:, 0].float(),
+            inside=self.inside(x)[:, 0].float(),
             subject={name: head(x).float() for name, head in self.subject.items()},
-            scene={name: head(whole).float() for name, head in self.scene.items()},
+            scene={name: head(x).float() for name, head in self.scene.items()},
         )
 
 
@@ -135,15 +146,61 @@ def centres(masks: Tensor, subjects: Tensor) -> Tensor:
     return centre.masked_fill(((mass <= 1) | (subjects[..., 0] == NONE))[..., None], float("nan"))
 
 
-def reader_losses(seen: Seen, batch: Batch) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Lesson:
+    """What the reader learns from: latents (b, c, g, g) and their truth. masks (b, s, g, g) in [0, 1]; subjects (b, s, heads) by their place
+    in HEADS, NONE where nobody can tell; scene (b, scene heads, g, g) at every cell. pasted (b, g, g) bool: where another scene is."""
+
+    latents: Tensor
+    masks: Tensor
+    subjects: Tensor
+    scene: Tensor
+    pasted: Tensor
+
+
+def lesson(batch: Batch, rng: np.random.Generator, pasted: float) -> Lesson:
+    """The batch with its truth; into a share `pasted` of it another's subjects are pasted, in their style, over what was there. A subject of
+    which less than six tenths are left is none any more."""
+    b, _, side, _ = batch.masks.shape
+    subjects = batch.subjects.clone()
+    for name in COLORS:
+        head = subjects[..., list(HEADS).index(name)]
+        head[(head == NONE) & (subjects[..., 0] != NONE)] = COLORLESS
+    scene = batch.scene[:, :, None, None].expand(-1, -1, side, side).clone()
+    donor = torch.from_numpy((np.arange(b) + rng.integers(1, max(2, b), b)) % b)
+    chosen = torch.from_numpy(rng.random(b) < pasted)
+    over = (batch.masks[donor].amax(1) > 0.25) & chosen[:, None, None]
+    left = batch.masks * ~over[:, None]
+    lost = left.sum((2, 3)) < 0.6 * batch.masks.sum((2, 3))
+    style = list(SCENE_HEADS).index("style")
+    scene[:, style] = torch.where(over, scene[donor, style], scene[:, style])
+    return Lesson(
+        torch.where(over[:, None], batch.latents[donor], batch.latents),
+        torch.cat([left, batch.masks[donor] * over[:, None]], 1),
+        torch.cat(
+            [
+                subjects.masked_fill(lost[..., None], NONE),
+                subjects[donor].masked_fill(~chosen[:, None, None], NONE),
+            ],
+            1,
+        ),
+        scene,
+        over,
+    )
+
+
+def reader_losses(seen: Seen, truth: Lesson) -> dict[str, Tensor]:
     """Loss of each head. A subject's heads are held to the truth at its centre, and at half weight wherever its mask is."""
     device = seen.heat.device
-    masks, subjects, scene = (x.to(device) for x in (batch.masks, batch.subjects, batch.scene))
+    masks, subjects, scene = (x.to(device) for x in (truth.masks, truth.subjects, truth.scene))
     centre = centres(masks, subjects)
-    losses = {"heat": focal_loss(seen.heat, heat_targets(centre.cpu()).to(device))}
+    losses = {
+        "heat": focal_loss(seen.heat, heat_targets(centre.cpu()).to(device)),
+        "inside": F.binary_cross_entropy_with_logits(seen.inside, masks.sum(1).clamp(max=1)),
+    }
     b, s, x, y = cells(centre)
     everywhere = head_targets(subjects, masks)
-    for k, name in enumerate(SUBJECT_HEADS):
+    for k, name in enumerate(HEADS):
         target = subjects[b, s, k]
         known = target != NONE
         at_centre = segmentation_loss(seen.subject[name][b[known], :, y[known], x[known]], target[known])
@@ -167,15 +224,15 @@ def train_reader(
     while run.unfinished:
         rng = np.random.default_rng((config.seed, 11, run.step))
         rows = rng.choice(len(latents), min(config.batch, len(latents)), replace=False)
-        batch = sample_batch(latents, data, rows, rng)
+        truth = lesson(sample_batch(latents, data, rows, rng), rng, config.pasted)
         levels = NOISIEST * rng.random(len(rows)) ** 1.3 * (rng.random(len(rows)) >= config.clean)
         timesteps = torch.from_numpy(levels.astype(np.int64)).to(device)
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        noise = torch.randn(batch.latents.shape, generator=generator).to(device)
-        noisy = noised(batch.latents.to(device), timesteps, noise)
+        noise = torch.randn(truth.latents.shape, generator=generator).to(device)
+        noisy = noised(truth.latents.to(device), timesteps, noise)
         with accelerator.autocast():
             seen = reader(noisy.contiguous(memory_format=torch.channels_last), timesteps)
-        losses = reader_losses(seen, batch)
+        losses = reader_losses(seen, truth)
         run.update(torch.stack(list(losses.values())).sum(), accelerator)
         yield run.step, {name: float(loss.detach()) for name, loss in losses.items()}
     run.finish()
@@ -184,18 +241,24 @@ def train_reader(
 
 @torch.no_grad()
 def reader_figures(reader: Reader, latents: Tensor, data: Dataset, timestep: int) -> dict[str, float]:
-    """Share of right answers of each head on all of `latents` noised to `timestep`, a subject's at its centre, of what shows at all."""
+    """Share of right answers of each head on all of `latents` noised to `timestep`: a subject's at its centre, of what shows at all; of
+    background and style, of all cells. And of "pasted": of the style where another's subject is, once one is pasted into each."""
     device = next(reader.parameters()).device
-    batch = sample_batch(latents, data, np.arange(len(latents)), np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    batch = sample_batch(latents, data, np.arange(len(latents)), rng)
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
     at = torch.full((len(latents),), timestep)
-    seen = reader(noised(batch.latents, at, noise).to(device), at.to(device))
-    b, s, x, y = cells(centres(batch.masks, batch.subjects))
+    read = lambda truth: reader(noised(truth.latents, at, noise).to(device), at.to(device))  # noqa: E731
+    truth, mixed = lesson(batch, rng, 0.0), lesson(batch, rng, 1.0)
+    seen = read(truth)
+    b, s, x, y = cells(centres(truth.masks, truth.subjects))
     right = {}
-    for k, name in enumerate(SUBJECT_HEADS):
-        target = batch.subjects[b, s, k]
+    for k, name in enumerate(HEADS):
+        target = truth.subjects[b, s, k]
         told = seen.subject[name].cpu()[b, :, y, x].argmax(1)
-        right[name] = float((told == target)[target != NONE].float().mean())
+        right[name] = (told == target)[target != NONE]
     for k, name in enumerate(SCENE_HEADS):
-        right[name] = float((seen.scene[name].cpu().argmax(1) == batch.scene[:, k]).float().mean())
-    return {name: round(share, 4) for name, share in right.items()}
+        right[name] = seen.scene[name].cpu().argmax(1) == truth.scene[:, k]
+    style = list(SCENE_HEADS).index("style")
+    right["pasted"] = (read(mixed).scene["style"].cpu().argmax(1) == mixed.scene[:, style])[mixed.pasted]
+    return {name: round(float(told.float().mean()), 4) for name, told in right.items()}

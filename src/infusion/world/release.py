@@ -96,8 +96,8 @@ def draw_curve(log: list[dict[str, Any]], path: Path) -> None:
 
 
 def training_of(log: list[dict[str, Any]]) -> dict[str, Any]:
-    """A training in short, from its run's log: pictures seen and minutes spent up to the weights that are released, its settings, and
-    what its autoencoder saw (None where it was left as it was)."""
+    """A training in short, from its run's log: pictures seen and minutes spent up to the weights that are released, its settings, how far of
+    the way from the weights it began with it was gone (`picking.keep_best`), and what its autoencoder saw (None where it was left as it was)."""
     starts = [line for line in log if line["stage"] == "start"]
     base = [line for line in log if line["stage"] == "base"]
     coder = [line for line in log if line["stage"] == "autoencoder"]
@@ -109,6 +109,7 @@ def training_of(log: list[dict[str, Any]]) -> dict[str, Any]:
         "minutes": round(kept["seconds"] / 60),
         "hardware": starts[-1]["hardware"],
         "settings": f"{_parts(starts, base)}; the rate falls to zero over the last {starts[-1]['decay']:.0%}",
+        "share": _picked(log).get("share", 1.0),
         "autoencoder": {
             "steps": coder[-1]["step"],
             "crops": starts[0]["autoencoder"]["batch"],
@@ -133,7 +134,7 @@ def model_card(trainings: list[dict[str, Any]], log: list[dict[str, Any]], index
     coders = [t["autoencoder"] for t in trainings if t["autoencoder"]]
     seen, minutes = (sum(t[key] for t in trainings) for key in ("pictures", "minutes"))
     parts = "\n".join(
-        f"{i}. {t['pictures']:,} pictures in {t['minutes']} min ({t['hardware']}); {t['settings']}."
+        f"{i}. {t['pictures']:,} pictures in {t['minutes']} min ({t['hardware']}); {t['settings']}{_way(t)}."
         for i, t in enumerate(trainings, 1)
     )
     curves = "\n\n".join(
@@ -187,9 +188,20 @@ def _rewarded(start: dict[str, Any]) -> str:
     return f" (the last of it with `--reward-weight {start['reward_weight']:g} --reader-minutes {start['reader']['minutes']:g}`)"
 
 
+def _way(training: dict[str, Any]) -> str:
+    """How far of a training's way was gone, where that is not all of it."""
+    share = training.get("share", 1.0)
+    return f"; released is {share:.0%} of the way from the weights before to those after it" if share < 1 else ""
+
+
+def _picked(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """The line that says what the judge picked; empty where it picked nothing."""
+    return next((line for line in reversed(log) if line["stage"] == "picked"), {})
+
+
 def _kept(log: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
     """The line of the step whose weights are released: the last, or the one that the judge picked."""
-    step = next((line.get("kept") for line in reversed(log) if line["stage"] == "picked"), None)
+    step = _picked(log).get("kept")
     return base[-1] if step is None else min(base, key=lambda line: abs(line["step"] - step))
 
 

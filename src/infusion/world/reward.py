@@ -4,11 +4,15 @@ Denoising teaches slowly what covers few pixels: a class, a colour, a pattern. H
 sees; from a state on the way it guesses the clean latents in one guided step, the guess is noised again to a lower level, and the reader
 (`reader.py`) tells how likely it shows each asked subject with its attributes. Only that one step has a gradient, as in ReFL
 (arXiv 2304.05977, algorithm 1), and in it the prediction of the prompt alone, not that of the empty one.
+
+What is rewarded drifts where the reader does not standards. So the base is also held, outside of subjects, to what it predicted before (its
+copy, `Reference`), and what nobody named to the world's own shares.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
@@ -21,10 +25,10 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from infusion.world.models import LATENT_CHANNELS, LATENT_SIDE, build_scheduler
-from infusion.world.reader import NOISIEST, Reader, Seen, alphas_at, noised
+from infusion.world.reader import COLORLESS, COLORS, HEADS, NOISIEST, Reader, Seen, alphas_at, noised
 from infusion.world.requests import Request, seen_request
 from infusion.world.tokenizer import build_tokenizer
-from infusion.world.truth import NONE, SUBJECT_HEADS, scene_labels
+from infusion.world.truth import ATTRIBUTES, COLORED, NONE, SCENE_HEADS, SHARES, scene_labels
 from infusion.world.vocabulary import CLASSES, POSITIONS
 
 SUBJECTS = 2  # at most, in a request
@@ -35,7 +39,9 @@ class RewardConfig:
     """How drawings earn. drawn: requests drawn together, in `steps` steps at `guidance`; batch: states that a training step takes of them,
     each state once, from timesteps `latest` to `earliest`. levels: a guess from timestep t is noised again to a share of t between
     these. scene: how much background and style count, from below `scene_below` on, where a guess is sharp enough to have a style.
-    unasked: how much a subject counts that nobody asked for. enough: log-likelihood above which there is nothing more to earn.
+    unasked: how much a subject counts that nobody asked for. variety: how much it counts that an attribute which nobody named comes more
+    often than in the world, over some `memory` batches. tie: how much it counts that predictions move outside of subjects. enough:
+    log-likelihood above which there is nothing more to earn.
     """
 
     drawn: int = 32
@@ -48,6 +54,9 @@ class RewardConfig:
     scene: float = 0.5
     scene_below: int = 700
     unasked: float = 0.3
+    variety: float = 0.3
+    memory: int = 50
+    tie: float = 20.0
     enough: float = -0.05
 
 
@@ -70,27 +79,82 @@ class States(NamedTuple):
 
 
 class Earned(NamedTuple):
-    """Log-likelihoods (n,) of the asked subjects (their mean) and of background and style (their sum), and the height (n,) in
-    [0, 1] of the surest subject that nobody asked for."""
+    """Log-likelihoods (n,) of the asked subjects (their mean) and of background and style (mean over cells, their sum), and the height (n,)
+    in [0, 1] of the surest subject that nobody asked for. unnamed: by attribute, the probabilities (m, values) of the subjects of which the
+    prompt leaves it open."""
 
     subject: Tensor
     scene: Tensor
     unasked: Tensor
+    unnamed: dict[str, Tensor]
+
+
+class Reference(NamedTuple):
+    """The base as it was before the reward."""
+
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+
+
+class Gain(NamedTuple):
+    """What states earn, their mean, a scalar to be made larger, and of it the mean square that predictions have moved outside of subjects."""
+
+    reward: Tensor
+    moved: Tensor
+
+
+class Unnamed:
+    """The running shares of what drawings show where their prompts name nothing, by attribute."""
+
+    def __init__(self, memory: int, device: torch.device) -> None:
+        self.memory = memory
+        self.world = {name: torch.tensor(SHARES[name], device=device) for name in ATTRIBUTES}
+        self.shown = {name: shares.clone() for name, shares in self.world.items()}
+
+    def excess(self, unnamed: dict[str, Tensor]) -> Tensor:
+        """How much of these probabilities falls on what comes too often: sum of p log(shown / world), mean over subjects and attributes. Adds
+        them to the running shares. Minus its gradient is that of a step towards the world's shares (their relative entropy)."""
+        total = torch.zeros((), device=next(iter(self.world.values())).device)
+        for name, told in unnamed.items():
+            if len(told):
+                told = told[:, : len(self.world[name])]  # colours alone, not their absence
+                total = total + (told * (self.shown[name] / self.world[name]).log()).sum(1).mean() / len(unnamed)
+                self.shown[name].lerp_(told.detach().mean(0).clamp_min(1e-3), 1 / self.memory)
+        return total
+
+
+@dataclass(frozen=True)
+class Standards:
+    """What drawings are held to: what the reader reads in them, what the base predicted before the reward, and the world's shares of what
+    nobody named."""
+
+    reader: Reader
+    reference: Reference
+    unnamed: Unnamed
+
+    @classmethod
+    def begin(
+        cls, reader: Reader, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, config: RewardConfig
+    ) -> Standards:
+        """With copies of the networks as they are."""
+        return cls(reader, Reference(deepcopy(text_encoder), deepcopy(unet)), Unnamed(config.memory, unet.device))
 
 
 def asked_of(requests: Sequence[Request]) -> Asked:
-    """What the requests ask for, as tensors."""
+    """What the requests ask for, as tensors; in styles without colours that there are none."""
     asked = Asked(
-        torch.full((len(requests), SUBJECTS, len(SUBJECT_HEADS)), NONE),
+        torch.full((len(requests), SUBJECTS, len(HEADS)), NONE),
         torch.full((len(requests), SUBJECTS), NONE),
         torch.tensor([scene_labels(request) for request in requests]),
     )
     for i, request in enumerate(requests):
         for j, wanted in enumerate(request.subjects):
-            for k, (name, values) in enumerate(SUBJECT_HEADS.items()):
+            for k, (name, values) in enumerate(HEADS.items()):
                 value = getattr(wanted, name)
                 if value is not None:
                     asked.subject[i, j, k] = values.index(value)
+                elif name in COLORS and request.style not in COLORED:
+                    asked.subject[i, j, k] = COLORLESS
             if wanted.position:
                 asked.third[i, j] = POSITIONS.index(wanted.position)
     return asked
@@ -98,32 +162,36 @@ def asked_of(requests: Sequence[Request]) -> Asked:
 
 def earned(seen: Seen, asked: Asked, enough: float) -> Earned:
     """What the reader's output says of what was asked for. A subject's log-likelihood is that of its best cell, in the third of the frame
-    that was asked for: log p(a centre) + sum of log p(attribute)."""
+    that was asked for: log p(a centre) + log p(the style) + sum of log p(attribute)."""
     logs = {name: logits.log_softmax(1) for name, logits in seen.subject.items()}
-    side = seen.heat.shape[-1]
+    places = {name: logits.log_softmax(1) for name, logits in seen.scene.items()}
+    n, side, _ = seen.heat.shape
+    rows = torch.arange(n, device=seen.heat.device)
+    of_scene = {name: places[name][rows, asked.scene[:, k]] for k, name in enumerate(SCENE_HEADS)}  # (n, g, g) each
     third = ((torch.arange(side, device=seen.heat.device) + 0.5) / side * len(POSITIONS)).long()
     total, count = torch.zeros_like(seen.heat[:, 0, 0]), torch.zeros_like(seen.heat[:, 0, 0])
+    unnamed: dict[str, list[Tensor]] = {name: [] for name in ATTRIBUTES}
     for j in range(SUBJECTS):
-        cells = F.logsigmoid(seen.heat)
-        for k, name in enumerate(SUBJECT_HEADS):
+        cells = F.logsigmoid(seen.heat) + of_scene["style"]
+        for k, name in enumerate(HEADS):
             target = asked.subject[:, j, k]
-            of_target = logs[name][torch.arange(len(target)), target.clamp_min(0)]  # (n, g, g)
+            of_target = logs[name][rows, target.clamp_min(0)]
             cells = cells + torch.where((target != NONE)[:, None, None], of_target, 0.0)
         wanted = asked.third[:, j, None]
         elsewhere = (wanted != NONE) & (wanted != third)  # (n, g)
-        best = cells.masked_fill(elsewhere[:, None], float("-inf")).amax((1, 2))
+        best, at = cells.masked_fill(elsewhere[:, None], float("-inf")).flatten(1).max(1)
         present = asked.subject[:, j, 0] != NONE
         total = total + torch.where(present, best.clamp(max=enough), 0.0)
         count = count + present
-    scene = torch.stack(
-        [
-            logits.log_softmax(1).gather(1, asked.scene[:, k, None])[:, 0].clamp(max=enough)
-            for k, logits in enumerate(seen.scene.values())
-        ]
-    ).sum(0)
+        for k, name in enumerate(HEADS):
+            if name in unnamed:
+                left_open = present & (asked.subject[:, j, k] == NONE)
+                unnamed[name].append(logs[name].flatten(2)[rows, :, at][left_open].exp())
+    scene = torch.stack([told.mean((1, 2)).clamp(max=enough) for told in of_scene.values()]).sum(0)
     kinds = F.one_hot(asked.subject[..., 0].clamp_min(0), len(CLASSES)) * (asked.subject[..., :1] != NONE)
     known = torch.einsum("nkyx,nk->nyx", logs["kind"].exp(), kinds.sum(1).clamp(max=1).float())
-    return Earned(total / count, scene, (seen.heat.sigmoid() * (1 - known)).amax((1, 2)))
+    unasked = (seen.heat.sigmoid() * (1 - known)).amax((1, 2))
+    return Earned(total / count, scene, unasked, {name: torch.cat(parts) for name, parts in unnamed.items()})
 
 
 @torch.no_grad()
@@ -184,29 +252,35 @@ def trajectory(
 def reward(
     text_encoder: CLIPTextModel,
     unet: UNet2DConditionModel,
-    reader: Reader,
+    standards: Standards,
     states: States,
     rng: np.random.Generator,
     config: RewardConfig,
-) -> Tensor:
-    """What the states' guesses earn, their mean, a scalar to be made larger. The networks run in the caller's autocast."""
+) -> Gain:
+    """What the states' guesses earn. The networks run in the caller's autocast."""
     latents, timesteps, ids, asked = states
+    reference = standards.reference
     noisy = latents.contiguous(memory_format=torch.channels_last)
     prompts = text_encoder(ids).last_hidden_state
     told = unet(noisy, timesteps, prompts).sample.float()
     with torch.no_grad():
         empty = unet(noisy, timesteps, text_encoder(no_prompt(ids)).last_hidden_state.expand_as(prompts)).sample.float()
+        before = reference.unet(noisy, timesteps, reference.text_encoder(ids).last_hidden_state).sample.float()
+    guided = empty + config.guidance * (told - empty)
     alphas = alphas_at(timesteps)
-    clean = alphas.sqrt() * latents - (1 - alphas).sqrt() * (empty + config.guidance * (told - empty))
+    clean = alphas.sqrt() * latents - (1 - alphas).sqrt() * guided
     share = torch.from_numpy(rng.uniform(*config.levels, len(timesteps)).astype(np.float32)).to(timesteps.device)
     levels = (timesteps * share).long().clamp(1, NOISIEST)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31)))).to(clean)
     guess = noised(clean, levels, noise)
-    seen = reader(guess.contiguous(memory_format=torch.channels_last), levels)
+    seen = standards.reader(guess.contiguous(memory_format=torch.channels_last), levels)
     with torch.autocast(latents.device.type, enabled=False):
         got = earned(seen, asked, config.enough)
         scene = config.scene * torch.where(timesteps < config.scene_below, got.scene, 0.0)
-        return (got.subject + scene - config.unasked * got.unasked).mean()
+        outside = 1 - seen.inside.detach().sigmoid()
+        moved = (outside[:, None] * (told - before).square()).mean()
+        gained = (got.subject + scene - config.unasked * got.unasked).mean()
+        return Gain(gained - config.variety * standards.unnamed.excess(got.unnamed) - config.tie * moved, moved)
 
 
 def no_prompt(ids: Tensor) -> Tensor:
