@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from infusion.world import examination
+from infusion.world import examination, picking
 from infusion.world.examination import ceiling, copying, draw, examine_base, followed, nearest_distance, variety
 from infusion.world.judge import Judge, JudgeNetwork, Reading
 from infusion.world.models import build_pipeline, build_text_encoder, build_unet
@@ -99,6 +100,24 @@ def test_a_base_is_examined(pipe):
     found = copying(pipe, training, count=2)
     assert found["generated"]["n"] == 2
     assert found["fresh"]["value"] > 0
+
+
+def test_the_score_weighs_what_is_asked_for_and_what_is_left_open(monkeypatch):
+    drawn = []
+    half = SimpleNamespace(value=0.5)
+    monkeypatch.setattr(picking, "draw", lambda pipe, prompts, seeds: drawn.append(prompts))
+    monkeypatch.setattr(
+        picking, "followed", lambda requests, readings: dict.fromkeys((*picking.ONE, *picking.TWO), half)
+    )
+    varied = {name: {"distance": 0.2} for name in ("color1", "pattern", "accessory")}
+    monkeypatch.setattr(picking, "variety", lambda readings: varied)
+    judge = SimpleNamespace(read=lambda pictures: None)
+    score = picking.judged(judge, None, None, None, count=90)  # type: ignore[arg-type]
+    assert score == pytest.approx((8 * 0.5 + 3 * 0.8) / 11)
+    assert [len(prompts) for prompts in drawn] == [90, 45, 90]
+    assert all(" and " in prompt for prompt in drawn[1])
+    assert len(set(drawn[2])) == 80  # every class in every background
+    assert drawn[2][80:] == drawn[2][:10]
 
 
 def test_the_better_checkpoint_is_kept(tmp_path):

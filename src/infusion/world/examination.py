@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,12 @@ def followed(requests: Iterable[Request], readings: Iterable[Reading]) -> dict[s
     return {name: rate(torch.tensor(values)) for name, values in hits.items()}
 
 
+def plain_prompts(count: int) -> list[str]:
+    """Prompts that name nothing but class and background, every pair in turn."""
+    pairs = [(kind, background) for kind in CLASSES for background in BACKGROUNDS]
+    return [f"a photo of a {k} {BACKGROUND_PHRASES[b][0]}" for k, b in islice(cycle(pairs), count)]
+
+
 def variety(readings: Sequence[Reading]) -> dict[str, dict[str, Any]]:
     """Of pictures whose prompts name nothing but class and background: the share of each colour, pattern and accessory
     among those read, and the total variation distance to the world's own shares."""
@@ -104,14 +111,10 @@ def examine_base(
         requests = unseen_requests(count, seed, subjects)
         pictures = draw(pipe, [r.prompt for r in requests], range(10_000 * subjects, 10_000 * subjects + count))
         figures |= followed(requests, judge.read(pictures))
-    prompts = [
-        f"a photo of a {kind} {BACKGROUND_PHRASES[background][0]}"
-        for kind in CLASSES for background in BACKGROUNDS
-    ]  # fmt: skip
-    texts = [prompts[i % len(prompts)] for i in range(plain)]
+    drawn = draw(pipe, plain_prompts(plain), range(30_000, 30_000 + plain))
     return {
         "followed": {name: asdict(e) for name, e in figures.items()},
-        "variety": variety(judge.read(draw(pipe, texts, range(30_000, 30_000 + plain)))),
+        "variety": variety(judge.read(drawn)),
         "pictures": single + double + plain,
     }
 

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from infusion.world.examination import draw, followed
+from infusion.world.examination import draw, followed, plain_prompts, variety
 from infusion.world.judge import Judge
 from infusion.world.models import build_pipeline
 from infusion.world.requests import unseen_requests
@@ -40,8 +40,10 @@ class Picked(NamedTuple):
 def judged(
     judge: Judge, autoencoder: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, count: int = 128
 ) -> float:
-    """Mean of the shares of pictures that show what was asked for: of `count` with one subject its class, background, style, first colour,
-    pattern and position; of half as many with two subjects, that both are there, and each in its colour."""
+    """Mean over what a base should do, each in [0, 1]. Of `count` pictures with one subject, how many show the class, background, style, first
+    colour, pattern and position that were asked for; of half as many with two subjects, how many show both, and each in its colour; of as
+    many whose prompts name no more than class and background, how far colours, patterns and accessories come as in the world (1 minus the
+    total variation distance)."""
     pipe = build_pipeline(autoencoder, text_encoder, unet)
     pipe.set_progress_bar_config(disable=True)
     shares = []
@@ -49,6 +51,8 @@ def judged(
         requests = unseen_requests(number, seed=1, subjects=subjects)
         right = followed(requests, judge.read(draw(pipe, [r.prompt for r in requests], range(number))))
         shares += [right[name].value for name in names]
+    varied = variety(judge.read(draw(pipe, plain_prompts(count), range(count))))
+    shares += [1 - found["distance"] for found in varied.values()]
     return sum(shares) / len(shares)
 
 

@@ -185,7 +185,8 @@ def _rewarded(start: dict[str, Any]) -> str:
     """How the last training was told to reward; nothing where it was not."""
     if not start.get("reward_weight"):
         return ""
-    return f" (the last of it with `--reward-weight {start['reward_weight']:g} --reader-minutes {start['reader']['minutes']:g}`)"
+    reward, reader = start["reward_weight"], start["reader"]["minutes"]
+    return f" (the last of it begun anew with `--from-weights --reward-weight {reward:g} --reader-minutes {reader:g}`)"
 
 
 def _way(training: dict[str, Any]) -> str:
