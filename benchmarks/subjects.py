@@ -143,19 +143,19 @@ def main(docs: Path = Path("docs"), work: Path = Path("outputs/subjects"), only:
 
 # What was seen in the sheets, in plain words; look at them again whenever they are drawn anew.
 READING = """
-**What carries over.** Colours, in patches of about the right size, into every background, mostly in the place that the base drew (not Milo in space, nor Beetle in space, in the sketch and in neon): Milo's purple and yellow, Tuna's blue and orange stripes under a dark hat, Bolt's red and white body with a white head, Brew's blue with orange, red where its scarf is and a dark rim. The composition
+**What carries over.** Colours, in patches of about the right size, into every background, mostly in the place that the base drew (not Milo on the beach and in space, Bolt on the beach, Beetle in space): Milo's purple and yellow, Tuna's blue and orange stripes, Bolt's red and white body with a white head, Brew's blue with orange and red where its scarf is. The composition
 stays the base's: horizon, skyline and window hardly move. The cat and the car of the last two columns are the base's pictures, bit for bit.
 
-**What does not.** Beetle's green and pink checks come as white, pink and dark grey: its colours are lost. Dots become patches; faces, Bolt's star and Brew's handle do not come. Residuals learned on photos tint sketches and sepia (Milo, Bolt, Brew). Milo in space comes out twice as wide as the base's dog. Next to a car, Milo darkens it and Beetle's
-colours go into the second one.
+**What does not.** Beetle's green and pink checks come as white, pink and dark: its colours are lost. Dots become stripes and patches; faces, Bolt's star and Brew's handle do not come. Residuals learned on photos tint sketches and sepia (Milo, Bolt, a little Brew). Milo on the beach, Beetle in the snow and Brew in the desert come out wider than what the base drew there. Next to a car, Beetle's
+colours go into both.
 
-**Single stream**: nearly the same pictures for four of the five. Bolt it draws in the centre of the snow, the city, the sketch and the neon picture, where the photos had it; the base has it at the side there, and Infusion keeps it there.
+**Single stream**: the same colours, but often in the centre, where the photos had the subject and the base has it at the side: Milo in the snow, the city, the sketch and neon, Bolt in the snow, the sketch and neon, Tuna and Brew on the beach, Brew in the sketch. Infusion stays at the side in all of these.
 
-**The full fine-tune** has the sharpest subjects on the right background, and overfits in plain sight: subjects are pulled to the centre, where the photos had them, suns, trees and skylines change, and the cat and the car that nobody mentioned take the subject's colours and shape (a purple cup for a cat after Milo, a spotted one after Brew, a pink car after Beetle).
+**The full fine-tune** has the sharpest subjects on the right background, and overfits in plain sight: subjects are pulled to the centre, suns, trees and skylines change or go, Beetle is everywhere the photos' car, and the cat and the car that nobody mentioned take the subject's colours and shape (a purple and yellow cat after Milo, a robot for a cat after Bolt, a cup for one after Brew, a pink car after Milo).
 
-**In words** (second row) the base comes about as near as Infusion to Milo, Tuna and Bolt, nearer to Beetle (green and pink), less near to Brew.
+**In words** (second row) the base now comes nearer than Infusion to Beetle (green and pink) and to Tuna with its hat, and about as near to the others.
 
-**The losses** below: on fresh photos in other places Infusion's is below the base's for all five, as the single stream's; the full fine-tune's is above the base's for three of the five, though on the photos themselves it is lowest by far.
+**The losses** below: on fresh photos in other places Infusion's is below the base's for all five, as the single stream's; the full fine-tune's is above the base's for two of the five, though on the photos themselves it is lowest by far.
 """
 
 
