@@ -105,12 +105,12 @@ def test_a_base_is_examined(pipe):
 def test_the_score_weighs_what_is_asked_for_and_what_is_left_open(monkeypatch):
     drawn = []
     half = SimpleNamespace(value=0.5)
-    monkeypatch.setattr(picking, "draw", lambda pipe, prompts, seeds: drawn.append(prompts))
+    monkeypatch.setattr(examination, "draw", lambda pipe, prompts, seeds: drawn.append(prompts))
     monkeypatch.setattr(
-        picking, "followed", lambda requests, readings: dict.fromkeys((*picking.ONE, *picking.TWO), half)
+        examination, "followed", lambda requests, readings: dict.fromkeys((*picking.ONE, *picking.TWO), half)
     )
     varied = {name: {"distance": 0.2} for name in ("color1", "pattern", "accessory")}
-    monkeypatch.setattr(picking, "variety", lambda readings: varied)
+    monkeypatch.setattr(examination, "variety", lambda readings: varied)
     judge = SimpleNamespace(read=lambda pictures: None)
     score = picking.judged(judge, None, None, None, count=90)  # type: ignore[arg-type]
     assert score == pytest.approx((8 * 0.5 + 3 * 0.8) / 11)
@@ -140,7 +140,7 @@ def test_the_better_checkpoint_is_kept(tmp_path):
 
 def test_something_between_may_be_kept(tmp_path):
     text, unet = build_text_encoder(build_tokenizer()), build_unet()
-    begun = torch.nn.ModuleDict({"unet": deepcopy(unet), "text_encoder": deepcopy(text)})
+    begun = {"unet": deepcopy(unet.state_dict()), "text_encoder": deepcopy(text.state_dict())}
     one, other = next(unet.parameters()), next(text.parameters())
     before = one.detach().clone(), other.detach().clone()
 
@@ -157,15 +157,10 @@ def test_something_between_may_be_kept(tmp_path):
     }  # fmt: skip
     assert torch.allclose(one, before[0] + 2.0)
     assert torch.allclose(other, before[1] + 0.5)
-    best = begun["unet"].state_dict()  # with a checkpoint that is better than the last weights, the way ends there
+    best = deepcopy(begun["unet"])  # with a checkpoint that is better than the last weights, the way ends there
     next(iter(best.values())).add_(2.5)
-    torch.save(
-        {"score": 0.0, "step": 7, "unet": best, "text_encoder": begun["text_encoder"].state_dict()}, tmp_path / BEST
-    )
+    torch.save({"score": 0.0, "step": 7, "unet": best, "text_encoder": begun["text_encoder"]}, tmp_path / BEST)
     with torch.no_grad():
         one += 9.0
-    fresh = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(build_tokenizer())})
-    with torch.no_grad():
-        next(fresh["unet"].parameters()).copy_(before[0])
-    picked = keep_best(tmp_path, text, unet, score, fresh)
+    picked = keep_best(tmp_path, text, unet, score, begun)
     assert (picked.step, picked.share) == (7, 0.75)

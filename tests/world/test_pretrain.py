@@ -182,19 +182,18 @@ def test_scenes_without_one_of_their_arrays_are_drawn_again(tmp_path):
     assert (load_dataset(tmp_path).scene == before).all()
 
 
-def test_a_negative_weight_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["pretrain", "--folder", str(tmp_path / "run"), "--reward-weight", "-0.1"])
+@pytest.mark.parametrize(
+    ("weight", "told"),
+    [
+        ("-0.1", "--reward-weight is -0.1; a weight is 0 or more"),
+        ("0.1", "add --from-weights"),  # a base that draws nothing yet is not rewarded
+    ],
+)
+def test_such_a_reward_weight_is_refused(tmp_path, monkeypatch, capsys, weight, told):
+    monkeypatch.setattr("sys.argv", ["pretrain", "--folder", str(tmp_path / "run"), "--reward-weight", weight])
     with pytest.raises(SystemExit):
         main()
-    assert "--reward-weight is -0.1; a weight is 0 or more" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_base_that_draws_nothing_yet_is_not_rewarded(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["pretrain", "--folder", str(tmp_path / "run"), "--reward-weight", "0.1"])
-    with pytest.raises(SystemExit):
-        main()
-    assert "add --from-weights" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 
 from infusion.world.dataset import Dataset
 from infusion.world.models import build_autoencoder, pixels_to_tensor
-from infusion.world.runs import Run, save_whole
+from infusion.world.runs import Run, generator_of, save_whole
 from infusion.world.scenes import SIDE
 
 ENCODED = "latents.pt"
@@ -55,8 +55,7 @@ def train_autoencoder(
         batch = _batch(data, rng, config, whole=run.share >= 1 - config.whole).to(accelerator.device)
         with accelerator.autocast():
             posterior = model.encode(batch).latent_dist
-            generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
+            noise = torch.randn(posterior.mean.shape, generator=generator_of(rng)).to(posterior.mean)
             decoded = model.decode(posterior.mean + posterior.std * noise).sample
         error = decoded.float() - batch
         mse = error.square().mean()

@@ -30,7 +30,7 @@ from infusion.world.models import build_scheduler
 from infusion.world.picking import best_score, save_best
 from infusion.world.reader import Reader, ReaderConfig
 from infusion.world.reward import RewardConfig, Standards, own_states, reward
-from infusion.world.runs import Run, adamw
+from infusion.world.runs import Run, adamw, generator_of
 from infusion.world.segmentation import (
     SegmentationHead,
     attribute_loss,
@@ -236,8 +236,7 @@ def draw_batch(
     rows = _epoch_rows(len(latents), config, step)
     batch = sample_batch(latents, data, rows, rng, config.caption_dropout)
     drawn = draw_timesteps(rng, len(rows), timesteps)
-    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-    return batch, drawn, torch.randn(batch.latents.shape, generator=generator)
+    return batch, drawn, torch.randn(batch.latents.shape, generator=generator_of(rng))
 
 
 @contextmanager

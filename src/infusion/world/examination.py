@@ -75,6 +75,19 @@ def plain_prompts(count: int) -> list[str]:
     return [f"a photo of a {k} {BACKGROUND_PHRASES[b][0]}" for k, b in islice(cycle(pairs), count)]
 
 
+def answered(
+    pipe: StableDiffusionPipeline, judge: Judge, count: int, subjects: int, seed: int, first: int
+) -> dict[str, Estimate]:
+    """`followed` for the `unseen_requests` of `seed`, drawn with seeds from `first` on."""
+    requests = unseen_requests(count, seed, subjects)
+    return followed(requests, judge.read(draw(pipe, [r.prompt for r in requests], range(first, first + count))))
+
+
+def varied(pipe: StableDiffusionPipeline, judge: Judge, count: int, first: int) -> dict[str, dict[str, Any]]:
+    """`variety` of `plain_prompts`, drawn with seeds from `first` on."""
+    return variety(judge.read(draw(pipe, plain_prompts(count), range(first, first + count))))
+
+
 def variety(readings: Sequence[Reading]) -> dict[str, dict[str, Any]]:
     """Of pictures whose prompts name nothing but class and background: the share of each colour, pattern and accessory
     among those read, and the total variation distance to the world's own shares."""
@@ -108,13 +121,10 @@ def examine_base(
     """All figures that need no training set: `followed` over single and double requests, and `variety`."""
     figures: dict[str, Estimate] = {}
     for subjects, count in ((1, single), (2, double)):
-        requests = unseen_requests(count, seed, subjects)
-        pictures = draw(pipe, [r.prompt for r in requests], range(10_000 * subjects, 10_000 * subjects + count))
-        figures |= followed(requests, judge.read(pictures))
-    drawn = draw(pipe, plain_prompts(plain), range(30_000, 30_000 + plain))
+        figures |= answered(pipe, judge, count, subjects, seed, 10_000 * subjects)
     return {
         "followed": {name: asdict(e) for name, e in figures.items()},
-        "variety": variety(judge.read(drawn)),
+        "variety": varied(pipe, judge, plain, 30_000),
         "pictures": single + double + plain,
     }
 

@@ -15,10 +15,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from infusion.world.examination import draw, followed, plain_prompts, variety
+from infusion.world.examination import answered, varied
 from infusion.world.judge import Judge
 from infusion.world.models import build_pipeline
-from infusion.world.requests import unseen_requests
 from infusion.world.runs import save_whole
 from infusion.world.truth import SCENE_HEADS
 
@@ -48,11 +47,9 @@ def judged(
     pipe.set_progress_bar_config(disable=True)
     shares = []
     for subjects, number, names in ((1, count, ONE), (2, count // 2, TWO)):
-        requests = unseen_requests(number, seed=1, subjects=subjects)
-        right = followed(requests, judge.read(draw(pipe, [r.prompt for r in requests], range(number))))
+        right = answered(pipe, judge, number, subjects, seed=1, first=0)
         shares += [right[name].value for name in names]
-    varied = variety(judge.read(draw(pipe, plain_prompts(count), range(count))))
-    shares += [1 - found["distance"] for found in varied.values()]
+    shares += [1 - found["distance"] for found in varied(pipe, judge, count, first=0).values()]
     return sum(shares) / len(shares)
 
 
@@ -73,10 +70,10 @@ def keep_best(
     text_encoder: CLIPTextModel,
     unet: UNet2DConditionModel,
     inspect: Callable[[], float],
-    begun: nn.ModuleDict | None = None,
+    begun: dict[str, dict[str, Tensor]] | None = None,
 ) -> Picked:
     """Leave the best in the networks: as they are, the checkpoint BEST, if there is one, or, where `begun` is given, something between that
-    and the better of the two. begun: both networks by part, as the training began."""
+    and the better of the two. begun: the weights that the training began with, by part."""
     networks = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     top, step = _copy(networks), None
     scores = {"last": inspect()}
@@ -87,17 +84,17 @@ def keep_best(
         scores["best"] = inspect()
         if scores["best"] > scores["last"]:
             top, step = _copy(networks), best["step"]
-    kept, share, highest = top, 1.0, max(scores.values())
+    kept, kept_share, highest = top, 1.0, max(scores.values())
     if begun is not None:
-        start = _copy(begun)
-        for part in BLENDS:
-            blend = {name: torch.lerp(start[name].to(end), end, part) for name, end in top.items()}
+        start = {f"{part}.{name}": tensor for part, state in begun.items() for name, tensor in state.items()}
+        for share in BLENDS:
+            blend = {name: torch.lerp(start[name].to(end), end, share) for name, end in top.items()}
             networks.load_state_dict(blend)
-            scores[f"{part:g} of the way"] = score = inspect()
+            scores[f"{share:g} of the way"] = score = inspect()
             if score > highest:
-                kept, share, highest = blend, part, score
+                kept, kept_share, highest = blend, share, score
     networks.load_state_dict(kept)
-    return Picked(scores, step, share)
+    return Picked(scores, step, kept_share)
 
 
 def _copy(networks: nn.ModuleDict) -> dict[str, Tensor]:

@@ -5,15 +5,14 @@ set once, train text encoder and UNet together. `--minutes` ends the last stage 
 the learning rate brought to zero by then. `--from-weights` goes on from the shipped weights alone
 (fresh optimizer, warm-up) in a new folder. With it `--reward-weight` adds to the last stage what a
 reader of latents, trained before it, makes of the base's own drawings. Where a judge is shipped it
-picks the best checkpoint, and with `--from-weights` how far to go to it from those weights. A GPU wants larger batches (`--batch 256`) and
-more scenes; neither was tried on one.
+picks the best checkpoint, and with `--from-weights` how far to go to it from those weights. A GPU
+wants larger batches (`--batch 256`) and more scenes; neither was tried on one.
 `infusion.world.release` ships the result.
 """
 
 from __future__ import annotations
 
 import argparse
-from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from statistics import fmean
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
 from infusion.world.autoencoder import (
     ENCODED,
@@ -167,10 +166,11 @@ def main() -> None:
 
     autoencoder, latents, data = prepare(args.folder, config, accelerator)
     unet, text_encoder = build_unet(), build_text_encoder(build_tokenizer())
+    begun = None
     if config.from_weights:
-        unet.load_state_dict(read_weights("unet"))
-        text_encoder.load_state_dict(read_weights("text_encoder"))
-    begun = nn.ModuleDict({"unet": deepcopy(unet), "text_encoder": deepcopy(text_encoder)}) if earlier else None
+        begun = {part: read_weights(part) for part in ("unet", "text_encoder")}
+        unet.load_state_dict(begun["unet"])
+        text_encoder.load_state_dict(begun["text_encoder"])
     fresh = validation_scenes(args.folder / "validation")
     validation = encode_dataset(autoencoder, fresh), fresh
     reader = None

@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from infusion.world.dataset import Batch, Dataset, sample_batch
 from infusion.world.judge_lessons import cells, focal_loss, heat_targets
 from infusion.world.models import LATENT_CHANNELS, build_scheduler
-from infusion.world.runs import Run
+from infusion.world.runs import Run, generator_of
 from infusion.world.segmentation import head_targets, segmentation_loss
 from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
 
 READER = "reader.pt"
-COLORS = ("color1", "color2")
+COLOR_HEADS = ("color1", "color2")
 COLORLESS = len(SUBJECT_HEADS["color1"])  # the answer of a colour's head in styles without colours
-HEADS = {name: (*names, "colorless") if name in COLORS else names for name, names in SUBJECT_HEADS.items()}
+HEADS = {name: (*names, "colorless") if name in COLOR_HEADS else names for name, names in SUBJECT_HEADS.items()}
+STYLE = list(SCENE_HEADS).index("style")
 NOISIEST = 500  # timestep up to which it learns to read; beyond it classes are lost in the noise
 TIME_WIDTH = 128
 
@@ -163,7 +164,7 @@ def lesson(batch: Batch, rng: np.random.Generator, pasted: float) -> Lesson:
     which less than six tenths are left is none any more."""
     b, _, side, _ = batch.masks.shape
     subjects = batch.subjects.clone()
-    for name in COLORS:
+    for name in COLOR_HEADS:
         head = subjects[..., list(HEADS).index(name)]
         head[(head == NONE) & (subjects[..., 0] != NONE)] = COLORLESS
     scene = batch.scene[:, :, None, None].expand(-1, -1, side, side).clone()
@@ -172,8 +173,7 @@ def lesson(batch: Batch, rng: np.random.Generator, pasted: float) -> Lesson:
     over = (batch.masks[donor].amax(1) > 0.25) & chosen[:, None, None]
     left = batch.masks * ~over[:, None]
     lost = left.sum((2, 3)) < 0.6 * batch.masks.sum((2, 3))
-    style = list(SCENE_HEADS).index("style")
-    scene[:, style] = torch.where(over, scene[donor, style], scene[:, style])
+    scene[:, STYLE] = torch.where(over, scene[donor, STYLE], scene[:, STYLE])
     return Lesson(
         torch.where(over[:, None], batch.latents[donor], batch.latents),
         torch.cat([left, batch.masks[donor] * over[:, None]], 1),
@@ -227,8 +227,7 @@ def train_reader(
         truth = lesson(sample_batch(latents, data, rows, rng), rng, config.pasted)
         levels = NOISIEST * rng.random(len(rows)) ** 1.3 * (rng.random(len(rows)) >= config.clean)
         timesteps = torch.from_numpy(levels.astype(np.int64)).to(device)
-        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        noise = torch.randn(truth.latents.shape, generator=generator).to(device)
+        noise = torch.randn(truth.latents.shape, generator=generator_of(rng)).to(device)
         noisy = noised(truth.latents.to(device), timesteps, noise)
         with accelerator.autocast():
             seen = reader(noisy.contiguous(memory_format=torch.channels_last), timesteps)
@@ -259,6 +258,5 @@ def reader_figures(reader: Reader, latents: Tensor, data: Dataset, timestep: int
         right[name] = (told == target)[target != NONE]
     for k, name in enumerate(SCENE_HEADS):
         right[name] = seen.scene[name].cpu().argmax(1) == truth.scene[:, k]
-    style = list(SCENE_HEADS).index("style")
-    right["pasted"] = (read(mixed).scene["style"].cpu().argmax(1) == mixed.scene[:, style])[mixed.pasted]
+    right["pasted"] = (read(mixed).scene["style"].cpu().argmax(1) == mixed.scene[:, STYLE])[mixed.pasted]
     return {name: round(float(told.float().mean()), 4) for name, told in right.items()}

@@ -5,7 +5,7 @@ sees; from a state on the way it guesses the clean latents in one guided step, t
 (`reader.py`) tells how likely it shows each asked subject with its attributes. Only that one step has a gradient, as in ReFL
 (arXiv 2304.05977, algorithm 1), and in it the prediction of the prompt alone, not that of the empty one.
 
-What is rewarded drifts where the reader does not standards. So the base is also held, outside of subjects, to what it predicted before (its
+What is rewarded drifts where the reader does not look. So the base is also held, outside of subjects, to what it predicted before (its
 copy, `Reference`), and what nobody named to the world's own shares.
 """
 
@@ -25,8 +25,9 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from infusion.world.models import LATENT_CHANNELS, LATENT_SIDE, build_scheduler
-from infusion.world.reader import COLORLESS, COLORS, HEADS, NOISIEST, Reader, Seen, alphas_at, noised
+from infusion.world.reader import COLOR_HEADS, COLORLESS, HEADS, NOISIEST, Reader, Seen, alphas_at, noised
 from infusion.world.requests import Request, seen_request
+from infusion.world.runs import generator_of
 from infusion.world.tokenizer import build_tokenizer
 from infusion.world.truth import ATTRIBUTES, COLORED, NONE, SCENE_HEADS, SHARES, scene_labels
 from infusion.world.vocabulary import CLASSES, POSITIONS
@@ -153,7 +154,7 @@ def asked_of(requests: Sequence[Request]) -> Asked:
                 value = getattr(wanted, name)
                 if value is not None:
                     asked.subject[i, j, k] = values.index(value)
-                elif name in COLORS and request.style not in COLORED:
+                elif name in COLOR_HEADS and request.style not in COLORED:
                     asked.subject[i, j, k] = COLORLESS
             if wanted.position:
                 asked.third[i, j] = POSITIONS.index(wanted.position)
@@ -210,7 +211,7 @@ def own_states(
         )
         noise = torch.randn(
             config.drawn, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE,
-            generator=torch.Generator().manual_seed(int(rng.integers(2**31))),
+            generator=generator_of(rng),
         ).to(unet.device)  # fmt: skip
         way = takewhile(lambda state: state[0] >= config.latest, trajectory(text_encoder, unet, ids, noise, config))
         way = [(t, latents) for t, latents in way if t <= config.earliest]
@@ -266,12 +267,11 @@ def reward(
     with torch.no_grad():
         empty = unet(noisy, timesteps, text_encoder(no_prompt(ids)).last_hidden_state.expand_as(prompts)).sample.float()
         before = reference.unet(noisy, timesteps, reference.text_encoder(ids).last_hidden_state).sample.float()
-    guided = empty + config.guidance * (told - empty)
     alphas = alphas_at(timesteps)
-    clean = alphas.sqrt() * latents - (1 - alphas).sqrt() * guided
+    clean = alphas.sqrt() * latents - (1 - alphas).sqrt() * (empty + config.guidance * (told - empty))
     share = torch.from_numpy(rng.uniform(*config.levels, len(timesteps)).astype(np.float32)).to(timesteps.device)
     levels = (timesteps * share).long().clamp(1, NOISIEST)
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31)))).to(clean)
+    noise = torch.randn(clean.shape, generator=generator_of(rng)).to(clean)
     guess = noised(clean, levels, noise)
     seen = standards.reader(guess.contiguous(memory_format=torch.channels_last), levels)
     with torch.autocast(latents.device.type, enabled=False):

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import is_bf16_available
@@ -158,6 +159,11 @@ def hardware(accelerator: Accelerator) -> str:
         device = torch.cuda.get_device_name()
     precision = "bf16 autocast" if accelerator.mixed_precision == "bf16" else "fp32"
     return f"{platform.machine()}, {device}, {precision}, torch {torch.__version__}"
+
+
+def generator_of(rng: np.random.Generator) -> torch.Generator:
+    """A torch generator on the CPU, seeded by the next number of `rng`: the same noise on every device."""
+    return torch.Generator().manual_seed(int(rng.integers(2**31)))
 
 
 def save_whole(state: dict[str, Any], path: Path) -> None:
