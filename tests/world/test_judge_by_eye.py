@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from infusion.world.judge import Reading, load_judge
-from infusion.world.vocabulary import BACKGROUNDS, CLASSES, COLORS, POSITIONS, STYLES
+from infusion.world.vocabulary import ACCESSORIES, BACKGROUNDS, CLASSES, COLORS, PATTERNS, POSITIONS, STYLES
 
 FOLDER = Path(__file__).parent / "generated"
 X = {"left": 1 / 6, "center": 0.5, "right": 5 / 6}
@@ -19,11 +19,12 @@ X = {"left": 1 / 6, "center": 0.5, "right": 5 / 6}
 
 @dataclass(frozen=True)
 class Label:
-    """What the eye saw; None where it could not tell. subjects: (class, main colour, position), from left to right."""
+    """What the eye saw; None where it could not tell. subjects: (class, main colour, position, pattern, accessory), from left to
+    right."""
 
     background: str | None
     style: str | None
-    subjects: tuple[tuple[str | None, str | None, str | None], ...]
+    subjects: tuple[tuple[str | None, ...], ...]
 
 
 def read_labels() -> list[Label]:
@@ -43,11 +44,12 @@ def compare(label: Label, reading: Reading) -> list[tuple[str, str | None, str |
     """(what, eye, judge) wherever the eye could tell; a subject is compared with the judge's nearest, if it lies in the same third
     or the next."""
     rows = [("background", label.background, reading.background), ("style", label.style, reading.style)]
-    for kind, color, position in label.subjects:
+    for kind, color, position, pattern, accessory in label.subjects:
         near = [s for s in reading.subjects if position and abs(s.x - X[position]) < 1 / 3]
         told = min(near, key=lambda s: abs(s.x - X[position]), default=None)
         rows += [("class", kind, told and told.kind), ("colour", color, told and told.color1)]
-        rows += [("position", position, told and told.position)]
+        rows += [("position", position, told and told.position), ("pattern", pattern, told and told.pattern)]
+        rows += [("accessory", accessory, told and told.accessory)]
     return [row for row in rows if row[1] is not None]
 
 
@@ -64,10 +66,12 @@ def test_the_labels_are_words_of_the_world():
     assert len(labels) == 200
     assert {x.background for x in labels} <= {None, *BACKGROUNDS}
     assert {x.style for x in labels} <= {None, *STYLES}
-    for kind, color, position in (s for x in labels for s in x.subjects):
+    for kind, color, position, pattern, accessory in (s for x in labels for s in x.subjects):
         assert kind in (None, *CLASSES)
         assert color in (None, *COLORS)
         assert position in (None, *POSITIONS)
+        assert pattern in (None, *PATTERNS)
+        assert accessory in (None, *ACCESSORIES)
 
 
 @pytest.mark.parametrize(
@@ -75,10 +79,12 @@ def test_the_labels_are_words_of_the_world():
     [
         ("background", 0.99, 180),
         ("style", 0.99, 195),
-        ("class", 0.95, 80),
-        ("colour", 0.77, 88),  # of two colours, which is the main one is open; one of its two in 84 of 92
+        ("class", 0.95, 90),
+        ("colour", 0.78, 100),  # of two colours, which is the main one is open; one of its two in 99 of 104
+        ("pattern", 0.9, 10),
+        ("accessory", 0.9, 20),
         ("position", 0.99, 240),
-        (None, 0.95, 790),  # all together
+        (None, 0.95, 850),  # all together
     ],
 )
 def test_the_judge_agrees_with_the_eye(rows, what, least, pairs):
