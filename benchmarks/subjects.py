@@ -143,7 +143,7 @@ def main(docs: Path = Path("docs"), work: Path = Path("outputs/subjects"), only:
 
 # What was seen in the sheets, in plain words; look at them again whenever they are drawn anew.
 READING = """
-**What carries over.** Colours, in patches of about the right size, into every background, mostly in the place that the base drew (not Milo on the beach and in space, Bolt on the beach, Beetle in space): Milo's purple and yellow, Tuna's blue and orange stripes, Bolt's red and white body with a white head, Brew's blue with orange and red where its scarf is. The composition
+**What carries over.** Colours, in patches of about the right size, into every background, mostly in the place that the base drew (not Milo on the beach and in space, Bolt on the beach, Beetle on the beach, in space and in the sketch, Tuna in sepia): Milo's purple and yellow, Tuna's blue and orange stripes, Bolt's red and white body with a white head, Brew's blue with orange and red where its scarf is. The composition
 stays the base's: horizon, skyline and window hardly move. The cat and the car of the last two columns are the base's pictures, bit for bit.
 
 **What does not.** Beetle's green and pink checks come as white, pink and dark: its colours are lost. Dots become stripes and patches; faces, Bolt's star and Brew's handle do not come. Residuals learned on photos tint sketches and sepia (Milo, Bolt, a little Brew). Milo on the beach, Beetle in the snow and Brew in the desert come out wider than what the base drew there. Next to a car, Beetle's

@@ -32,7 +32,7 @@ def test_the_card_tells_of_the_step_that_was_kept_and_of_earlier_trainings(tmp_p
     assert f"text encoder and UNet {minutes + 7} min" in card
     assert "1. 1,000 pictures in 7 min (an abacus); learning rate 0.5" in card
     assert f"2. {seen:,} pictures" in card
-    assert ("released is 50% of the way" in card) == (share < 1)
+    assert ("50% of the way from the weights before" in card) == (share < 1)
     assert "loss-2.png" in card
     assert "loss-1.png" not in card
     assert "8 bytes" in card

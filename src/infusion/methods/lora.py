@@ -33,7 +33,7 @@ class LoraConfig:
 
     steps: int = 200
     batch: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     rank: int = 4
     prior_weight: float = 1.0
     seed: int = 0

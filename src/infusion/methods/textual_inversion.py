@@ -29,7 +29,7 @@ class TextualInversionConfig:
 
     steps: int = 200
     batch: int = 8
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -185,14 +185,18 @@ def _rewarded(start: dict[str, Any]) -> str:
     """How the last training was told to reward; nothing where it was not."""
     if not start.get("reward_weight"):
         return ""
-    reward, reader = start["reward_weight"], start["reader"]["minutes"]
-    return f" (the last of it begun anew with `--from-weights --reward-weight {reward:g} --reader-minutes {reader:g}`)"
+    given = ("reward_weight", "learning_rate", "segmentation_weight", "attribute_weight", "decay")
+    options = " ".join(f"--{name.replace('_', '-')} {start[name]:g}" for name in given)
+    return (
+        f", and after its release, in a new folder, the last trainings with `--from-weights {options} "
+        f"--reader-minutes {start['reader']['minutes']:g}`"
+    )
 
 
 def _way(training: dict[str, Any]) -> str:
     """How far of a training's way was gone, where that is not all of it."""
     share = training.get("share", 1.0)
-    return f"; released is {share:.0%} of the way from the weights before to those after it" if share < 1 else ""
+    return f"; {share:.0%} of the way from the weights before to those after it was gone" if share < 1 else ""
 
 
 def _picked(log: list[dict[str, Any]]) -> dict[str, Any]:
