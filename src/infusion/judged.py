@@ -24,7 +24,7 @@ class JudgedFigures:
     none is. attributes: mean share of the subject's colours (where the style asked for shows any), pattern and
     accessory, as the judge reads them from the photos, that a picture shows too. text: share of background, style and position asked for that are
     there. Each with the paired difference to the base. leaks: how often the photos' own comes back where another was asked
-    for; only what all photos share is looked for."""
+    for; only what most photos share is looked for."""
 
     likeness: Estimate | None
     likeness_above: Estimate | None

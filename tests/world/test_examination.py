@@ -49,6 +49,7 @@ def test_variety_beside_the_worlds_shares():
     assert found["color1"]["distance"] == pytest.approx((0.65 + 0.15 + 8 * 0.1) / 2)
     assert (found["pattern"]["n"], found["pattern"]["distance"]) == (3, 0.75)
     assert found["accessory"]["missing"] == ["hat", "scarf", "star"]
+    assert variety(readings[-1:])["color1"]["distance"] == 1  # nothing is told, nothing is as in the world
 
 
 def test_the_ceiling_reads_the_true_scenes(pipe, monkeypatch):

@@ -183,14 +183,17 @@ def test_scenes_without_one_of_their_arrays_are_drawn_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("weight", "told"),
+    ("option", "value", "told"),
     [
-        ("-0.1", "--reward-weight is -0.1; a weight is 0 or more"),
-        ("0.1", "add --from-weights"),  # a base that draws nothing yet is not rewarded
+        ("--reward-weight", "-0.1", "--reward-weight is -0.1; a weight is 0 or more"),
+        ("--reward-weight", "0.1", "add --from-weights"),  # a base that draws nothing yet is not rewarded
+        ("--scenes", "31", "--scenes is 31; it must be 32 or more"),  # a batch's
+        ("--judge-every", "0", "--judge-every is 0; it must be 1 or more"),
+        ("--decay", "0", "--decay is 0; it is a share of the time"),
     ],
 )
-def test_such_a_reward_weight_is_refused(tmp_path, monkeypatch, capsys, weight, told):
-    monkeypatch.setattr("sys.argv", ["pretrain", "--folder", str(tmp_path / "run"), "--reward-weight", weight])
+def test_such_an_option_is_refused_before_anything_is_drawn(tmp_path, monkeypatch, capsys, option, value, told):
+    monkeypatch.setattr("sys.argv", ["pretrain", "--folder", str(tmp_path / "run"), option, value])
     with pytest.raises(SystemExit):
         main()
     assert told in capsys.readouterr().err

@@ -29,7 +29,7 @@ from infusion.world.reward import (
 from infusion.world.scenes import Placed, Scene, held_out
 from infusion.world.subjects import Subject
 from infusion.world.tokenizer import build_tokenizer
-from infusion.world.truth import ATTRIBUTES, NONE, SCENE_HEADS, SHARES
+from infusion.world.truth import NONE, SCENE_HEADS, SHARES
 from infusion.world.vocabulary import COLORS, POSITIONS
 
 REQUESTS = [
@@ -66,7 +66,7 @@ def test_what_is_earned_against_a_loop():
     for logits in (seen.heat[2], seen.subject["kind"][2, 5], seen.scene["style"][2, 3]):
         logits[4, 5] = 50.0  # surely a car in neon, and more than enough
     got = earned(seen, asked_of(REQUESTS), enough=-0.05)
-    unnamed = {name: [] for name in ATTRIBUTES}
+    unnamed = {name: [] for name in ("color1", "color2", "pattern")}
     for n, request in enumerate(REQUESTS):
         total, unasked = 0.0, 0.0
         style = seen.scene["style"][n].log_softmax(0)[SCENE_HEADS["style"].index(request.style)]
@@ -86,8 +86,11 @@ def test_what_is_earned_against_a_loop():
                     if log_p > best:
                         best, at = log_p, (y, x)
             total += min(best, -0.05) / len(request.subjects)
-            for name in ATTRIBUTES:
-                if getattr(wanted, name) is None and not (request.style == "sketch" and name.startswith("color")):
+            colorless = request.style == "sketch"
+            for name in unnamed:
+                # silence on the pattern beside a named colour speaks for plain, on an accessory for none
+                speaks = name == "pattern" and (wanted.color1 or colorless)
+                if getattr(wanted, name) is None and not speaks and not (colorless and name.startswith("color")):
                     unnamed[name].append(seen.subject[name][n, :, *at].softmax(0))
         kinds = [HEADS["kind"].index(w.kind) for w in request.subjects]
         for y in range(16):
@@ -102,6 +105,7 @@ def test_what_is_earned_against_a_loop():
         assert float(got.scene[n]) == pytest.approx(scene, rel=1e-4)
         assert float(got.unasked[n]) == pytest.approx(unasked, rel=1e-4)
     assert float(got.subject[2]) == pytest.approx(-0.05)
+    assert got.unnamed.keys() == unnamed.keys()
     for name, parts in unnamed.items():
         expected, told = torch.stack(parts), got.unnamed[name]
         assert len(told) == len(expected)

@@ -50,7 +50,7 @@ class Grid(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     split: Literal["dev", "test"]
-    subjects_seed: int
+    subjects_seed: int = Field(ge=0)
     subjects: int = Field(ge=1)
     seeds: tuple[int, ...] = Field(min_length=1)
     points: tuple[int, ...] = Field(min_length=1)
@@ -67,6 +67,13 @@ class Grid(BaseModel):
             raise ValueError("give steps that rise from 1 on, as in [50, 125]")
         return points
 
+    @field_validator("seeds", "modalities")
+    @classmethod
+    def _different(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if twice := [v for v in values if values.count(v) > 1]:
+            raise ValueError(f"{twice[0]!r} is there twice; give each once")
+        return values
+
     @field_validator("methods")
     @classmethod
     def _known(cls, methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -82,6 +89,8 @@ class Grid(BaseModel):
             taken = inspect.signature(learn).parameters.keys()
             if "prior" in settings and "prior" not in taken:
                 raise ValueError(f"{label} preserves no prior; take prior out")
+            if type(prior := settings.get("prior", 0)) is not int or prior < 0:
+                raise ValueError(f"{label}: prior is {prior!r}; give a whole number of pictures, 0 for none")
             _check_strengths(label, settings.get("strengths", (1.0,)), name in STRENGTH)
             known = {f.name for f in fields(config)} - {"steps", "batch", "seed"}
             if bad := settings.keys() - known - {*_OURS}:

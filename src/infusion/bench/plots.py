@@ -46,7 +46,8 @@ def plot(found: dict, path: Path) -> None:
         axis.grid(alpha=0.3)
         if name == "forgetting":
             axis.set_xscale("symlog", linthresh=1e-4)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    lines = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(lines.values()), list(lines), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 

@@ -195,14 +195,17 @@ def to_nearest(picture: Image.Image, photos: Tensor) -> float:
 
 @cache
 def _commit() -> str | None:
-    """The source's commit, "+" where files differ from it; None where it is not a git checkout."""
-    said = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """The source's commit, "+" where files differ from it; None where it is not a git checkout, or git is not there."""
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return None
     return said.stdout.strip() or None
 
 

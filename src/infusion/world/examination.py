@@ -90,13 +90,13 @@ def varied(pipe: StableDiffusionPipeline, judge: Judge, count: int, first: int) 
 
 def variety(readings: Sequence[Reading]) -> dict[str, dict[str, Any]]:
     """Of pictures whose prompts name nothing but class and background: the share of each colour, pattern and accessory
-    among those read, and the total variation distance to the world's own shares."""
+    among those read, and the total variation distance to the world's own shares, 1 where nothing can be read."""
     found = {}
     for name in ("color1", "pattern", "accessory"):
         world = dict(zip(SUBJECT_HEADS[name], SHARES[name], strict=True))
         told = [value for reading in readings if (value := shown(reading)[name]) is not None]
         shares = {value: told.count(value) / max(1, len(told)) for value in world}
-        distance = sum(abs(shares[v] - world[v]) for v in world) / 2
+        distance = sum(abs(shares[v] - world[v]) for v in world) / 2 if told else 1.0
         found[name] = {
             "shares": shares,
             "distance": distance,
@@ -184,14 +184,22 @@ def main() -> None:
     parser.add_argument("--single", type=int, default=800)
     parser.add_argument("--double", type=int, default=240)
     args = parser.parse_args()
+    training = None
+    if args.folder:
+        try:
+            training = load_dataset(args.folder / "data").pixels
+        except FileNotFoundError as e:
+            parser.error(
+                f"--folder is {str(args.folder)!r}, where {e.filename!r} is missing; give the folder of a training, or none."
+            )
     pipe, judge = load_pipeline(args.weights), load_judge()
     record = {
         "sha256": read_index(args.weights)["sha256"],
         **examine_base(pipe, judge, args.single, args.double),
         "ceiling": ceiling(pipe, judge, args.single, args.double),
     }
-    if args.folder:
-        record["copying"] = copying(pipe, load_dataset(args.folder / "data").pixels)
+    if training is not None:
+        record["copying"] = copying(pipe, training)
     (args.weights / "examination.json").write_text(json.dumps(record, indent=1) + "\n")
     for name, e in record["followed"].items():
         print(f"{name:12} {Estimate(**e)}, a base without fault {Estimate(**record['ceiling'][name])}")

@@ -1,7 +1,7 @@
 """Train the embedded base from scratch: python -m infusion.world.pretrain --folder runs/base
 
-Four stages, each resumed where it stopped: draw the training set, train the autoencoder, encode the
-set once, train text encoder and UNet together. `--minutes` ends the last stage by the clock, with
+Four stages: draw the training set, train the autoencoder, encode the set once, train text encoder and
+UNet together. Trainings are resumed where they stopped, drawing and encoding begun again. `--minutes` ends the last stage by the clock, with
 the learning rate brought to zero by then. `--from-weights` goes on from the shipped weights alone
 (fresh optimizer, warm-up) in a new folder. With it `--reward-weight` adds to the last stage what a
 reader of latents, trained before it, makes of the base's own drawings. Where a judge is shipped it
@@ -39,7 +39,7 @@ from infusion.world.judge import shipped_judge
 from infusion.world.models import build_autoencoder, build_text_encoder, build_unet
 from infusion.world.picking import judged, keep_best
 from infusion.world.reader import READER, Reader, ReaderConfig, reader_figures, train_reader
-from infusion.world.release import read_trainings, read_weights
+from infusion.world.release import read_index, read_trainings, read_weights
 from infusion.world.runs import build_accelerator, check_same, hardware, log, save_whole
 from infusion.world.tokenizer import build_tokenizer
 from infusion.world.validation import measure_maps, validation_scenes
@@ -136,6 +136,11 @@ def main() -> None:
             parser.error(
                 f"--{name.replace('_', '-')} is {value:g}; a weight is 0 or more: give 0 to leave the term out."
             )
+    for name, least in (("scenes", args.batch), ("batch", 1), ("judge_every", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be {least} or more.")
+    if not 0 < args.decay <= 1:
+        parser.error(f"--decay is {args.decay:g}; it is a share of the time, above 0 and at most 1.")
     if args.reward_weight > 0 and not args.from_weights:
         parser.error(
             f"--reward-weight is {args.reward_weight:g}: only a base that draws subjects already can be rewarded for them; add --from-weights."
@@ -153,7 +158,15 @@ def main() -> None:
         autoencoder=AutoencoderConfig(minutes=minutes),
         reader=ReaderConfig(minutes=args.reader_minutes, seed=args.seed),
     )
-    check_same(args.folder, seed=config.seed, from_weights=config.from_weights, scenes=config.scenes)
+    begun_with = read_index()["sha256"] if config.from_weights else None
+    check_same(
+        args.folder,
+        seed=config.seed,
+        from_weights=config.from_weights,
+        weights=begun_with,
+        scenes=config.scenes,
+        batch=config.batch,
+    )
     accelerator = build_accelerator()
     log(
         args.folder,
@@ -161,6 +174,7 @@ def main() -> None:
         device=str(accelerator.device),
         hardware=hardware(accelerator),
         earlier=earlier,
+        weights=begun_with,
         **asdict(config),
     )
 

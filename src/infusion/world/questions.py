@@ -14,7 +14,8 @@ SUBJECT = ("kind", "color1", "color2", "pattern", "accessory", "position")
 
 def meant(reading: Reading, kind: str | None = None) -> SubjectReading | None:
     """The surest subject of the class `kind`, else the surest of all: in a picture of two not the other one. None where there is none."""
-    return next((s for s in reading.subjects if s.kind == kind), next(iter(reading.subjects), None))
+    of_kind = (s for s in reading.subjects if kind is not None and s.kind == kind)
+    return next(of_kind, next(iter(reading.subjects), None))
 
 
 def shown(reading: Reading, kind: str | None = None) -> dict[str, str | None]:

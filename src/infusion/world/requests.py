@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from infusion.world.captions import pick
-from infusion.world.scenes import Placed, Scene, held_out, random_scene
+from infusion.world.scenes import Placed, Scene, held_out, never_seen, random_scene
 from infusion.world.truth import COLORED
 from infusion.world.vocabulary import (
     ACCESSORY_PHRASES,
@@ -49,7 +49,8 @@ def unseen_requests(count: int, seed: int, subjects: int = 1) -> list[Request]:
 
 
 def unseen_scenes(count: int, seed: int, subjects: int = 1) -> list[tuple[Scene, Request]]:
-    """Scenes, each with a request for it, of held-out combinations (`scenes.held_out`), with one or two `subjects` of different classes.
+    """Scenes, each with a request whose words alone ask for a combination that is `scenes.never_seen`, with one or two `subjects` of
+    different classes.
 
     Of a single subject the prompt names the colours, where its style shows any, half of the time, the pattern half of
     the time, an accessory where there is one, and the position half of the time. Of two it names one colour each.
@@ -60,7 +61,9 @@ def unseen_scenes(count: int, seed: int, subjects: int = 1) -> list[tuple[Scene,
         scene = random_scene(rng)
         kinds = {p.subject.kind for p in scene.subjects}
         if len(scene.subjects) == subjects == len(kinds) and held_out(scene):
-            found.append((scene, _request(scene, rng)))
+            request = _request(scene, rng)
+            if any(never_seen(s.kind, s.color1, request.background, request.style) for s in request.subjects):
+                found.append((scene, request))
     return found
 
 

@@ -33,6 +33,8 @@ from infusion.world.truth import ATTRIBUTES, COLORED, NONE, SCENE_HEADS, SHARES,
 from infusion.world.vocabulary import CLASSES, POSITIONS
 
 SUBJECTS = 2  # at most, in a request
+# Attributes that come in the world's shares where nothing is named. Not the accessory: captions name it only where there is one.
+SILENT = tuple(name for name in ATTRIBUTES if name != "accessory")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class States(NamedTuple):
 class Earned(NamedTuple):
     """Log-likelihoods (n,) of the asked subjects (their mean) and of background and style (mean over cells, their sum), and the height (n,)
     in [0, 1] of the surest subject that nobody asked for. unnamed: by attribute, the probabilities (m, values) of the subjects of which the
-    prompt leaves it open."""
+    prompt leaves it open and its silence says nothing (`SILENT`)."""
 
     subject: Tensor
     scene: Tensor
@@ -109,7 +111,7 @@ class Unnamed:
 
     def __init__(self, memory: int, device: torch.device) -> None:
         self.memory = memory
-        self.world = {name: torch.tensor(SHARES[name], device=device) for name in ATTRIBUTES}
+        self.world = {name: torch.tensor(SHARES[name], device=device) for name in SILENT}
         self.shown = {name: shares.clone() for name, shares in self.world.items()}
 
     def excess(self, unnamed: dict[str, Tensor]) -> Tensor:
@@ -171,7 +173,8 @@ def earned(seen: Seen, asked: Asked, enough: float) -> Earned:
     of_scene = {name: places[name][rows, asked.scene[:, k]] for k, name in enumerate(SCENE_HEADS)}  # (n, g, g) each
     third = ((torch.arange(side, device=seen.heat.device) + 0.5) / side * len(POSITIONS)).long()
     total, count = torch.zeros_like(seen.heat[:, 0, 0]), torch.zeros_like(seen.heat[:, 0, 0])
-    unnamed: dict[str, list[Tensor]] = {name: [] for name in ATTRIBUTES}
+    unnamed: dict[str, list[Tensor]] = {name: [] for name in SILENT}
+    color1 = list(HEADS).index("color1")
     for j in range(SUBJECTS):
         cells = F.logsigmoid(seen.heat) + of_scene["style"]
         for k, name in enumerate(HEADS):
@@ -187,6 +190,10 @@ def earned(seen: Seen, asked: Asked, enough: float) -> Earned:
         for k, name in enumerate(HEADS):
             if name in unnamed:
                 left_open = present & (asked.subject[:, j, k] == NONE)
+                if (
+                    name == "pattern"
+                ):  # colours named without a pattern are a plain subject's more than half of the time
+                    left_open = left_open & (asked.subject[:, j, color1] == NONE)
                 unnamed[name].append(logs[name].flatten(2)[rows, :, at][left_open].exp())
     scene = torch.stack([told.mean((1, 2)).clamp(max=enough) for told in of_scene.values()]).sum(0)
     kinds = F.one_hot(asked.subject[..., 0].clamp_min(0), len(CLASSES)) * (asked.subject[..., :1] != NONE)

@@ -109,17 +109,19 @@ def random_scene(rng: np.random.Generator) -> Scene:
     )
 
 
-def held_out(scene: Scene) -> bool:
-    """True for combinations that the base's training never sees: about one in twelve of
-    class x background x style, and one in sixteen of class x first colour x background.
+def never_seen(kind: str, color1: str | None, background: str, style: str) -> bool:
+    """True for combinations that the base's training never sees: about one in twelve of class x background x style, and one in sixteen of
+    class x first colour x background; the latter only where a colour is given.
 
     Fixed by a checksum of the names, so that it never changes with a seed or a version.
     """
-    return any(
-        zlib.crc32(f"{p.subject.kind}|{scene.background}|{scene.style}".encode()) % 12 == 0
-        or zlib.crc32(f"{p.subject.kind}|{p.subject.color1}|{scene.background}".encode()) % 16 == 0
-        for p in scene.subjects
-    )
+    held = zlib.crc32(f"{kind}|{background}|{style}".encode()) % 12 == 0
+    return held or (color1 is not None and zlib.crc32(f"{kind}|{color1}|{background}".encode()) % 16 == 0)
+
+
+def held_out(scene: Scene) -> bool:
+    """Whether any of the scene's subjects is in a combination that is `never_seen`; none such is drawn for training."""
+    return any(never_seen(p.subject.kind, p.subject.color1, scene.background, scene.style) for p in scene.subjects)
 
 
 def place(subjects: list[Subject], rng: np.random.Generator) -> tuple[Placed, ...]:

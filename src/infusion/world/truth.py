@@ -12,7 +12,8 @@ SUBJECT_HEADS: dict[str, tuple[str, ...]] = {
     "pattern": PATTERNS,
     "accessory": ACCESSORIES,
 }
-# Shares of what a caption leaves open, as `subjects.random_subject` draws them.
+# Shares of each name in the world, as `subjects.random_subject` draws them. What a caption leaves open may be likelier: an accessory is named
+# only where there is one (`captions.py`), so that of scenes told by class and background alone 53 % have none.
 SHARES: dict[str, tuple[float, ...]] = {
     "kind": (1 / len(CLASSES),) * len(CLASSES),
     "color1": (1 / len(COLORS),) * len(COLORS),
