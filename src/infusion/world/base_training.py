@@ -176,9 +176,8 @@ def train_base(
     Every step yields; every `save_every` steps and at the end a checkpoint is written to `folder`,
     from which a later call with the same folder goes on. inspect: a score of the networks as they are, higher is
     better; the best averaged weights by it are kept in `folder` (`picking.save_best`). reader: rewards the base's own drawings, where
-    `config.reward_weight` is above 0; drawings begun before a kill are not gone on with, and the shares of what
-    nobody named are counted anew. Raises InfusionError for such a weight without a
-    reader.
+    `config.reward_weight` is above 0; drawings begun before a kill are not gone on with, and the shares of what nobody
+    named are counted anew. Raises InfusionError for such a weight without a reader.
     """
     if config.reward_weight > 0 and reader is None:
         raise InfusionError(

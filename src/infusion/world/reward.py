@@ -190,9 +190,8 @@ def earned(seen: Seen, asked: Asked, enough: float) -> Earned:
         for k, name in enumerate(HEADS):
             if name in unnamed:
                 left_open = present & (asked.subject[:, j, k] == NONE)
-                if (
-                    name == "pattern"
-                ):  # colours named without a pattern are a plain subject's more than half of the time
+                if name == "pattern":
+                    # colours named without a pattern are a plain subject's more than half of the time
                     left_open = left_open & (asked.subject[:, j, color1] == NONE)
                 unnamed[name].append(logs[name].flatten(2)[rows, :, at][left_open].exp())
     scene = torch.stack([told.mean((1, 2)).clamp(max=enough) for told in of_scene.values()]).sum(0)
