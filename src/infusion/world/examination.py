@@ -1,9 +1,9 @@
 """The base examined by the judge: python -m infusion.world.examination --folder runs/base
 
 Draws pictures of combinations that training never saw and of plain prompts, has the judge read them,
-and writes examination.json beside the weights: how often class, background, style and what else was asked for are right, whether what is not named varies as it
-does in the world, and whether pictures are nearer to training scenes than fresh scenes are. Knows nothing of
-concepts.
+and writes examination.json beside the weights: how often class, background, style and what else was
+asked for are right, whether what is not named varies as it does in the world, and whether pictures are
+nearer to training scenes than fresh scenes are. Knows nothing of concepts.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 Four stages: draw the training set, train the autoencoder, encode the set once, train text encoder and
 UNet together. Trainings are resumed where they stopped, drawing and encoding begun again. `--minutes`
-ends the last stage by the clock, with the learning rate brought to zero by then. `--from-weights` goes on from the shipped weights alone
-(fresh optimizer, warm-up) in a new folder. With it `--reward-weight` adds to the last stage what a
-reader of latents, trained before it, makes of the base's own drawings. Where a judge is shipped it
-picks the best checkpoint, and with `--from-weights` how far to go to it from those weights. A GPU
-wants larger batches (`--batch 256`) and more scenes; neither was tried on one.
+ends the last stage by the clock, with the learning rate brought to zero by then. `--from-weights` goes
+on from the shipped weights alone (fresh optimizer, warm-up) in a new folder. With it `--reward-weight`
+adds to the last stage what a reader of latents, trained before it, makes of the base's own drawings.
+Where a judge is shipped it picks the best checkpoint, and with `--from-weights` how far to go to it
+from those weights. A GPU wants larger batches (`--batch 256`) and more scenes; neither was tried on one.
 `infusion.world.release` ships the result.
 """
 
