@@ -103,15 +103,26 @@ class JudgeNetwork(nn.Module):
 
 
 def look(network: nn.Module, pictures: Tensor) -> Maps:
-    """What the network makes of pictures (b, 3, 64, 64) together with what it makes of them mirrored, turned back: the mean of the two's
-    logits and embeddings. It reads better so than from one alone, since its errors in the two differ."""
-    seen, turned = network(pictures), network(pictures.flip(-1))
+    """What the network makes of pictures (b, 3, 64, 64) in six views, as they are and a pixel up and down, each mirrored too and turned
+    back: the mean of logits and embeddings. It reads better so than from one alone, since its errors differ from view to view."""
+    padded = F.pad(pictures, (0, 0, 1, 1), mode="replicate")
+    seen = []
+    for row in range(3):
+        moved = padded[:, :, row : row + pictures.shape[2]]
+        seen += [network(moved), _turned(network(moved.flip(-1)))]
+    mean = lambda parts: torch.stack(list(parts)).mean(0)  # noqa: E731
     return Maps(
-        heat=(seen.heat + turned.heat.flip(-1)) / 2,
-        subject={name: (logits + turned.subject[name].flip(-1)) / 2 for name, logits in seen.subject.items()},
-        scene={name: (logits + turned.scene[name]) / 2 for name, logits in seen.scene.items()},
-        embedding=F.normalize(seen.embedding + turned.embedding.flip(-1), dim=1),
+        heat=mean(m.heat for m in seen),
+        subject={name: mean(m.subject[name] for m in seen) for name in seen[0].subject},
+        scene={name: mean(m.scene[name] for m in seen) for name in seen[0].scene},
+        embedding=F.normalize(mean(m.embedding for m in seen), dim=1),
     )
+
+
+def _turned(maps: Maps) -> Maps:
+    """Maps of mirrored pictures, turned back."""
+    subject = {name: logits.flip(-1) for name, logits in maps.subject.items()}
+    return Maps(maps.heat.flip(-1), subject, maps.scene, maps.embedding.flip(-1))
 
 
 class Residual(nn.Module):

@@ -286,5 +286,5 @@ picture would differ by 6 % of full brightness over some 4x4 pixels). "Told" is 
 {chr(10).join(rows)}
 
 Twins differ in one attribute, or in their proportions alone; {figures["clean"]["twins"]:.0f} pairs in an attribute that both pictures show. Whether two
-are one individual is told by the heads whose beliefs differ (how much likelier they are of two individuals that the world drew than of one) and by the embedding's cosine. Every picture is looked at as it is and mirrored. "Likeness" in reports and benchmarks is that cosine alone.
+are one individual is told by the heads whose beliefs differ (how much likelier they are of two individuals that the world drew than of one) and by the embedding's cosine. Every picture is looked at in six views: as it is and a pixel up and down, each mirrored too. "Likeness" in reports and benchmarks is that cosine alone.
 """
