@@ -78,8 +78,8 @@ def test_the_learning_rate_rises_and_falls_to_nothing(tmp_path):
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="of CPUs")
 @pytest.mark.parametrize(("has", "precision"), [(True, "bf16"), (False, "no")])
-def test_bf16_is_used_only_where_the_processor_multiplies_in_it(monkeypatch, has, precision):
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": has})
+def test_bf16_is_used_only_where_the_processor_is_faster_in_it(monkeypatch, has, precision):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": True, "amx_bf16": has})
     AcceleratorState._reset_state(reset_partial_state=True)  # one a process, else the first test's
     accelerator = build_accelerator()
     try:
