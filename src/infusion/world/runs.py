@@ -135,8 +135,9 @@ def adamw(networks: nn.Module, learning_rate: float) -> torch.optim.AdamW:
 
 
 def build_accelerator() -> Accelerator:
-    """Accelerate's device, with networks in bf16 where the device multiplies in it faster. A CPU that must emulate it is eighty times slower
-    so than in fp32, one whose AVX-512 alone has it nearly twice (docs/log.md). Raises InfusionError for several processes: each would train the same, into the same files."""
+    """Accelerate's device, with networks in bf16 where the device is faster in it. A CPU that must emulate it is eighty times slower so than in
+    fp32, one that has it in AVX-512 alone nearly twice (docs/log.md). Raises InfusionError for several processes: each would train the same,
+    into the same files."""
     state = PartialState()
     if state.num_processes > 1:
         raise InfusionError(
