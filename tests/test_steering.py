@@ -104,11 +104,32 @@ def test_a_method_that_repeats_is_stopped_and_the_state_before_is_kept(pipe, les
 
 
 def test_one_look_beyond_the_limit_does_not_stop(pipe, lesson, looks):
-    looks([0, 1, 0, 1])
+    looks([0, 1, 0, 1, 0])  # the last step is looked at again
     seen = run(pipe, dreambooth(pipe, lesson, DreamBoothConfig(4, 1)), lesson, every=1)
-    assert [s.checkup.repeats["background"].above > 0.1 for s in seen] == [False, True, False, True]
+    assert [s.checkup.repeats["background"].above > 0.1 for s in seen] == [False, True, False, False]
     assert not any(s.stopped for s in seen)
     assert [s.best.step for s in seen] == [1, 1, 3, 3]
+    assert seen[-1].kept is seen[-1].state
+
+
+def test_a_last_step_that_two_looks_find_beyond_the_limit_is_not_kept(pipe, lesson, looks):
+    looks([0, 0, 1, 1])
+    seen = run(pipe, dreambooth(pipe, lesson, DreamBoothConfig(3, 1)), lesson, every=1)
+    assert [bool(s.stopped) for s in seen] == [False, False, True]
+    assert seen[-1].kept.step == 2
+    looks([1, 1])
+    (only,) = [s for s in run(pipe, dreambooth(pipe, lesson, DreamBoothConfig(2, 1)), lesson, every=2) if s.checkup]
+    assert "no step before it was within the limit" in only.stopped
+
+
+def test_a_background_is_looked_at_where_there_is_one(pipe, lesson):
+    """Photos full of their subject have none; where the whole picture is learned, the base finds the subject for the looks."""
+    full = dataclasses.replace(lesson, masks=lesson.masks.clamp(0.9, 0.95))
+    names = [s.checkup.repeats.keys() for s in run(pipe, infusion(pipe, full, LearnConfig(1, 2)), full, every=1)]
+    assert names == [{"position"}]
+    whole = dataclasses.replace(lesson, masks=torch.ones_like(lesson.masks))
+    watch = _Watch(pipe, whole, SteerConfig(**QUICK), lambda *_: None)
+    assert watch.outside is None or 0 < watch.outside.sum() < watch.outside.numel()
 
 
 def test_without_looks_the_states_go_through(pipe, lesson):

@@ -93,7 +93,7 @@ def train(
         bool,
         typer.Option(
             "--stop-when-overfit",
-            help="Stop when the photos' background or position comes back, and keep the last state before.",
+            help="Stop when two looks in a row find the photos' background or position come back; keep the last state before.",
         ),
     ] = False,
     checkpointing: Annotated[
@@ -176,6 +176,7 @@ def _seen(checkup: Checkup) -> str:
     return (
         f"Step {checkup.step}: repeats of the photos' {repeats} points beside the base, "
         f"forgetting {checkup.forgetting:.2g}, variety {checkup.variety:.0%} of the base's."
+        + ("" if "background" in checkup.repeats else " The photos show the subject everywhere, so no background.")
     )
 
 

@@ -83,7 +83,7 @@ class Repeats:
 
 @dataclass(frozen=True)
 class Checkup:
-    """One look. repeats: of "background" and "position". forgetting: latent Fisher divergence, eps form, on prompts that name
+    """One look. repeats: of "background", where the photos show one beside the subject, and "position". forgetting: latent Fisher divergence, eps form, on prompts that name
     neither the subject nor its class. variety: mean distance among pictures of one prompt, as a share of the base's."""
 
     step: int
@@ -121,7 +121,8 @@ def steered(
     progress: Progress | None = None,
 ) -> Iterator[Steered]:
     """The method's states with checkups among them; ends at the second checkup in a row that finds the same repeated beyond the limit, if
-    `config.stop`: one of some twenty pictures each is beyond it by chance too often."""
+    `config.stop`: one of some twenty pictures each is beyond it by chance too often. Where the last step's is the first to find it, the
+    last step is looked at twice."""
     config, told = config or SteerConfig(), progress or (lambda *_: None)
     watch = _Watch(pipe, lesson, config, told) if config.every else None
     best: MethodState | None = None
@@ -130,17 +131,25 @@ def steered(
         checkup = stopped = None
         if watch and (state.step % config.every == 0 or state.step == state.steps):
             checkup = watch.look(state)
-            beyond = {name for name, found in checkup.repeats.items() if found.above > config.limit}
+            beyond = _beyond(checkup, config)
             if not beyond:
                 best = MethodState(state.step, state.steps, state.loss, copy.deepcopy(state.adapter))
-            elif config.stop and (again := beyond & before):
-                stopped = _reason(checkup, max(again, key=lambda n: checkup.repeats[n].above), best, config)
+            elif config.stop:
+                if not beyond & before and state.step == state.steps:  # no later look will tell
+                    before, checkup = beyond, watch.look(state)
+                    beyond = _beyond(checkup, config)
+                if again := beyond & before:
+                    stopped = _reason(checkup, max(again, key=lambda n: checkup.repeats[n].above), best, config)
             before = beyond
         yield Steered(state, checkup, best, stopped)
         if stopped:
             if close := getattr(states, "close", None):
                 close()
             return
+
+
+def _beyond(checkup: Checkup, config: SteerConfig) -> set[str]:
+    return {name for name, found in checkup.repeats.items() if found.above > config.limit}
 
 
 def _reason(checkup: Checkup, name: str, best: MethodState | None, config: SteerConfig) -> str:
@@ -169,8 +178,8 @@ def _side(prompt: str) -> int:
 
 @dataclass(frozen=True)
 class _Reference:
-    """The base's own pictures of one set of seeds: their centre, the likeness above which a picture repeats the photos' background, the
-    base's own rates of repeats, and how far its pictures of one prompt lie apart."""
+    """The base's own pictures of one set of seeds: their centre, the likeness above which a picture repeats the photos' background (0 where
+    that is not looked at), the base's own rates of repeats, and how far its pictures of one prompt lie apart."""
 
     seed: int
     centre: Tensor
@@ -186,8 +195,8 @@ class _Watch:
     def __init__(self, pipe: DiffusionPipeline, lesson: Lesson, config: SteerConfig, told: Progress) -> None:
         self.pipe = rebuilt(pipe, scheduler=DPMSolverMultistepScheduler.from_config(pipe.scheduler.config))
         self.config, self.lesson, self.told = config, lesson, told
-        outside = lesson.outside()  # where the subject is everywhere, the whole picture must do
-        self.outside = torch.ones(lesson.masks.shape[1:], dtype=torch.bool) if outside is None else outside
+        found = lesson if lesson.masked else replace(lesson, masks=attention_masks(lesson, require_unet(pipe)))
+        self.outside = found.outside()
         self.places = self._places(lesson.latents)
         self.references = [self._reference(config.seed), self._reference(config.seed + OTHER_SEEDS)]
         self.looks = 0
@@ -213,7 +222,7 @@ class _Watch:
     def _reference(self, seed: int) -> _Reference:
         anywhere, positioned = self._drawn(self.pipe, f"a {self.lesson.word}", seed, "Drawing with the base")
         centre = anywhere.mean(0, keepdim=True).cpu().double()
-        level = float(self._likeness(anywhere, centre).quantile(QUANTILE))
+        level = 0.0 if self.outside is None else float(self._likeness(anywhere, centre).quantile(QUANTILE))
         hits = self._hits(anywhere, positioned, centre, level)
         rates = {name: float(hit.double().mean()) for name, hit in hits.items()}
         return _Reference(seed, centre, level, rates, self._spread(anywhere))
@@ -230,8 +239,8 @@ class _Watch:
     def _hits(self, anywhere: Tensor, positioned: Tensor, centre: Tensor, level: float) -> dict[str, Tensor]:
         """Which pictures repeat a photo, in what they must not: each (n,) bool."""
         asked = [_side(prompt) for prompt in self.config.positioned for _ in range(self.config.seeds)]
-        position = repeats_place(self._places(positioned), self.places, asked)
-        return {"background": self._likeness(anywhere, centre) > level, "position": position}
+        position = {"position": repeats_place(self._places(positioned), self.places, asked)}
+        return position if self.outside is None else {"background": self._likeness(anywhere, centre) > level} | position
 
     def _likeness(self, latents: Tensor, centre: Tensor) -> Tensor:
         """How like the nearest photo each picture is outside the subject."""

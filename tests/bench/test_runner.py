@@ -133,14 +133,18 @@ def test_a_record_that_cannot_be_written_ends_no_other_job(tmp_path):
 
 
 def test_records_of_another_base_do_not_pass_for_done(tmp_path):
-    refuse_others(tmp_path, "abc", "judge")
+    (tmp_path / "read").mkdir()
+    refuse_others(tmp_path, "abc", "judge", 2)
     write_record(tmp_path / "a.json", {"base": "abc"})
-    refuse_others(tmp_path, "abc", "judge")
+    refuse_others(tmp_path, "abc", "judge", 2)
     with pytest.raises(InfusionError, match=r"another base \(abc, here def\)"):
-        refuse_others(tmp_path, "def", "judge")
+        refuse_others(tmp_path, "def", "judge", 2)
     write_record(tmp_path / "b.json", {"base": "abc", "judge": "old"})
     with pytest.raises(InfusionError, match=r"another judge \(old, here judge\)"):
-        refuse_others(tmp_path, "abc", "judge")
+        refuse_others(tmp_path, "abc", "judge", 2)
+    write_record(tmp_path / "read" / "c.json", {"base": "abc", "judge": "judge", "reading": 1})
+    with pytest.raises(InfusionError, match=r"another reading \(1, here 2\)"):
+        refuse_others(tmp_path / "read", "abc", "judge", 2)
 
 
 def test_bad_calls(tmp_path):

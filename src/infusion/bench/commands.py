@@ -40,13 +40,14 @@ def run(
     with progress("Reading the grid") as told:
         from infusion.bench.grid import jobs, load_grid
         from infusion.bench.runner import pending, refuse_others, run_jobs
+        from infusion.bench.trial import READING
         from infusion.world.judge import judge_digest
         from infusion.world.release import read_index
 
         given = {"subjects": subjects, "subjects_seed": subjects_seed}
         grid = load_grid(config, _settings(overrides or []) | {k: v for k, v in given.items() if v is not None})
         todo = jobs(grid, tuple(method or ()))
-        refuse_others(out, read_index()["sha256"], judge_digest())
+        refuse_others(out, read_index()["sha256"], judge_digest(), READING)
         left, failed = pending(todo, out), 0
         command = " ".join(["infusion", *sys.argv[1:]])
         for done, (job, result) in enumerate(run_jobs(todo, out, workers, engine, command), 1):

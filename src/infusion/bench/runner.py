@@ -26,13 +26,13 @@ def pending(todo: Sequence[Job], folder: Path) -> list[Job]:
     return [job for job in todo if not record_path(folder, job).exists()]
 
 
-def refuse_others(folder: Path, base: str, judge: str) -> None:
-    """Raise InfusionError where `folder` holds records of another base or judge: its jobs would pass for done."""
+def refuse_others(folder: Path, base: str, judge: str, reading: int) -> None:
+    """Raise InfusionError where `folder` holds records of another base, judge or way of reading: its jobs would pass for done."""
     records = read_records(folder) if any(folder.glob("*.json")) else []
-    for what, here in (("base", base), ("judge", judge)):
+    for what, here in (("base", base), ("judge", judge), ("reading", reading)):
         if others := {r[what] for r in records if r.get(what)} - {here}:
             raise InfusionError(
-                f"{str(folder)!r} holds records of another {what} ({sorted(others)[0][:12]}, here {here[:12]}); give a new folder."
+                f"{str(folder)!r} holds records of another {what} ({str(min(others))[:12]}, here {str(here)[:12]}); give a new folder."
             )
 
 

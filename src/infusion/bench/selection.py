@@ -39,6 +39,7 @@ def refuse_mixtures(records: Sequence[Record]) -> None:
     for what, of in (
         ("base", lambda r: r["base"]),
         ("judge", lambda r: r.get("judge")),
+        ("reading", lambda r: r.get("reading")),
         ("split", lambda r: r["job"]["split"]),
         ("number of pictures a prompt", lambda r: r["job"]["pictures"]),
         ("number of denoising steps", lambda r: r["job"]["denoising_steps"]),

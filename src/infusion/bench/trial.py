@@ -44,6 +44,7 @@ from infusion.world.vocabulary import BACKGROUND_PHRASES, BACKGROUNDS
 
 PICTURES_SEED = 5_000
 STRIPS = 2  # subjects whose pictures are kept in the record, one of each prompt
+READING = 2  # one more whenever the same pictures would be read or measured differently: such records are not mixed
 OTHERS = ("cat", "car", "house", "bird", "mug")  # prompts that name neither the subject nor its class
 
 
@@ -114,6 +115,7 @@ def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
         },
         "base": read_index()["sha256"],
         "judge": judge_digest(),
+        "reading": READING,
     }
 
 
@@ -195,18 +197,17 @@ def to_nearest(picture: Image.Image, photos: Tensor) -> float:
 
 @cache
 def _commit() -> str | None:
-    """The source's commit, "+" where files differ from it; None where it is not a git checkout, or git is not there."""
+    """The source's commit, "+" where files differ from it; None where git is not there or does not keep this file: another project's
+    checkout may lie around an installed package."""
+
+    def git(*words: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+
     try:
-        said = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        return git("ls-files", Path(__file__).name) and git("describe", "--always", "--dirty=+", "--abbrev=12") or None
     except OSError:
         return None
-    return said.stdout.strip() or None
 
 
 @cache
