@@ -137,13 +137,28 @@ def test_a_single_checkpoint_file_offline(tmp_path, family):
         ({}, 96, "v_prediction"),
     ],
 )
-def test_side_and_prediction_of_a_2x_checkpoint(tmp_path, monkeypatch, metadata, side, predicts):
-    path = tmp_path / "model.safetensors"
-    save_file({"a": torch.zeros(1)}, path, metadata)
+def test_side_and_prediction_of_a_2x_checkpoint(tmp_path, parts_of_2x, metadata, side, predicts):
+    parts = parts_of_2x(metadata, None)
+    assert (parts["unet"]["sample_size"], parts["scheduler"]["prediction_type"]) == (side, predicts)
+
+
+@pytest.fixture
+def parts_of_2x(tmp_path, monkeypatch):
+    """What a Stable Diffusion 2.x checkpoint of that metadata is taken for."""
     monkeypatch.setattr("infusion.base.family_of", lambda shapes: "stable-diffusion-v2")
     monkeypatch.setattr("infusion.base.from_checkpoint", lambda path, parts, dtype: parts)
-    parts = _load_single_file(path, torch.float32)
-    assert (parts["unet"]["sample_size"], parts["scheduler"]["prediction_type"]) == (side, predicts)
+
+    def parts(metadata, prediction):
+        path = tmp_path / "model.safetensors"
+        save_file({"a": torch.zeros(1)}, path, metadata)
+        return _load_single_file(path, torch.float32, prediction)
+
+    return parts
+
+
+def test_a_prediction_that_the_user_tells_decides_the_side_too(parts_of_2x):
+    for prediction, side in (("epsilon", 64), ("v_prediction", 96), (None, 96)):
+        assert parts_of_2x({}, prediction)["unet"]["sample_size"] == side
 
 
 @pytest.mark.parametrize(
@@ -188,6 +203,13 @@ def test_a_checkpoint_marked_as_predicting_velocity_and_told_otherwise(tmp_path,
     assert told.scheduler.config.prediction_type == "epsilon"
     with pytest.raises(InfusionError, match="prediction is 'noise'; use one of epsilon, v_prediction"):
         infusion.load_base(path, prediction="noise")
+    save_file(original_layout(pipe) | {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}, path)
+    scheduler = infusion.load_base(path, device="cpu").scheduler
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.alphas_cumprod[-1] < 1e-6
+    save_file(original_layout(pipe) | {"edm_mean": torch.zeros(4)}, path)
+    with pytest.raises(InfusionError, match="is an EDM checkpoint"):
+        infusion.load_base(path)
 
 
 def test_load_base_takes_a_single_file(tmp_path, monkeypatch):

@@ -27,8 +27,10 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capfd):
+def run(monkeypatch, capfd, tmp_path):
     """Run a command in this process; returns (exit code, what it said)."""
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def call(*args: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["infusion", *map(str, args)])

@@ -129,6 +129,14 @@ def test_saved_equals_loaded(tmp_path, scheme):
     assert sorted(os.listdir(tmp_path)) == ["again.safetensors", "milo.safetensors"]
 
 
+@pytest.mark.parametrize("scheme", ["q6", "fp16", "fp32"])
+def test_saving_loses_nothing_unless_told_to(tmp_path, scheme):
+    held = sd15_concept().on_grid(scheme)
+    loaded = Concept.load(held.save(tmp_path / "milo.safetensors"))
+    assert all(torch.equal(loaded.residuals[k], held.residuals[k]) for k in SD15)
+    assert (tmp_path / "milo.safetensors").read_bytes() == held.to_bytes(scheme)
+
+
 def test_other_programs_can_read_it(tmp_path):
     path = sd15_concept().save(tmp_path / "milo.safetensors")
     with safe_open(path, "pt") as file:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from PIL import Image
 
 import infusion
@@ -72,6 +73,20 @@ def test_a_concept_is_learned_and_drawn(request, photos, family, doubles):
         assert isinstance(drawn, PretendTensor)
     assert all(torch.allclose(r, here.residuals[path], atol=1e-4) for path, r in there.residuals.items())
     assert torch.allclose(drawn.cpu(), expected, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_unet_on_a_device_of_its_own(pipe):
+    """As `device_map="balanced"` lays it: the inputs come from elsewhere, and accelerate moves them after torch's hooks."""
+    milo = random_concept(pipe.unet)
+    with infusion.attach(pipe, milo):
+        expected = latents(pipe, "a <milo> here")
+    with pretend(doubles=False) as device:
+        pipe.unet.to(device)
+        for part, where in ((pipe.vae, "cpu"), (pipe.text_encoder, "cpu"), (pipe.unet, device)):
+            add_hook_to_module(part, AlignDevicesHook(execution_device=where, io_same_device=True))
+        with infusion.attach(pipe, milo):
+            drawn = latents(pipe, "a <milo> here")
+    assert torch.allclose(drawn.cpu(), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -16,8 +16,10 @@ from infusion.adapters import ConceptAdapter
 from infusion.errors import InfusionError
 from infusion.evaluation import EvaluateConfig, evaluate, unrelated, verdict
 from infusion.evaluation_report import write_report
+from infusion.judged import JudgedFigures
 from infusion.methods.dreambooth import TunedUNet
 from infusion.metrics.estimate import Estimate
+from infusion.metrics.leaks import leak
 from infusion.photos import Photo
 from tests.conftest import latents, random_concept
 
@@ -95,7 +97,7 @@ def test_verdicts(pipe, photos):
         return verdict(replace(figures, **changes))
 
     assert told(background_above=Estimate(0.2, 0.1, 0.3, 40))[1].startswith("It repeats its background")
-    assert told(background_above=Estimate(0.0, -0.1, 0.02, 40))[1].startswith("It keeps to the places")
+    assert told(background_above=Estimate(0.0, -0.1, 0.02, 40))[1].startswith("It keeps to the backgrounds")
     unsure = told(background_above=Estimate(0.2, -0.1, 0.5, 40))[1]
     assert unsure.startswith("Whether it repeats its background cannot be told from 4 pictures (+0.2, between -0.1")
     poor = told(variety_base=Estimate(0.8, 0.7, 0.9, 9), variety_above=Estimate(-0.2, -0.3, -0.1, 9))
@@ -104,6 +106,30 @@ def test_verdicts(pipe, photos):
     assert same[2] == "Its pictures of one prompt vary as the base's do (-1%)."
     few = told(variety_base=Estimate(0.8, 0.7, 0.9, 9), variety_above=Estimate(-0.2, -0.5, 0.1, 9))
     assert "vary less than the base's cannot be told" in few[2]
+
+
+def test_a_leak_that_the_judge_sees_is_in_the_verdict(pipe, photos):
+    figures = evaluate(pipe, ConceptAdapter("<milo>", random_concept(pipe.unet)), photos, "dog", CONFIG).figures
+    shown = (["left"] * 15 + ["right"] * 5, ["right"] * 20)
+    leaks = {"position": leak(*shown, ["right"] * 20, "left"), "style": leak(["a"] * 20, ["a"] * 20, ["b"] * 20, "a")}
+    said = verdict(replace(figures, judged=JudgedFigures(None, None, None, None, None, None, leaks)))
+    assert said[2].startswith(
+        "By the judge the photos' position comes back where another was asked for: in 75% of such"
+    )
+    assert len(said) == 4
+
+
+def test_the_bases_pictures_are_drawn_once_for_a_class(pipe, photos, tmp_path):
+    labels: list[str] = []
+    told = lambda label, *_: labels.append(label)  # noqa: E731
+    adapters = [ConceptAdapter("<milo>", random_concept(pipe.unet, seed=s)) for s in (1, 2)]
+    first, second = (evaluate(pipe, a, photos, "dog", CONFIG, told, album=tmp_path) for a in adapters)
+    assert labels.count("Drawing with the base") == CONFIG.steps
+    assert [p.image.tobytes() for p in first.base] == [p.image.tobytes() for p in second.base]
+    plain = evaluate(pipe, adapters[1], photos, "dog", CONFIG).figures
+    assert plain == second.figures
+    evaluate(pipe, adapters[1], photos, "cat", CONFIG, told, album=tmp_path)
+    assert labels.count("Drawing with the base") == 2 * CONFIG.steps
 
 
 def test_settings_that_make_no_sense_are_refused():

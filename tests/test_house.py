@@ -20,7 +20,7 @@ ORDER = (
     ("fit",),
     ("pipelines", "lesson", "naive"),
     ("training", "methods", "generation", "base", "sheets", "report"),
-    ("features", "judged"),
+    ("features", "judged", "album"),
     ("diagnosis", "demo", "adapters"),
     ("evaluation",),
     ("steering", "evaluation_report"),

@@ -119,12 +119,25 @@ def test_pictures_in_memory_and_single_files_are_as_from_a_folder(tmp_path):
         ("x-mask.png", "no photo is called 'x'"),
         ("venetian-Mask.jpg", "no photo is called 'venetian'"),
         ("a_mask.png", r"would be called a-mask\.png"),
+        ("a-masklabel.png", r"would be called a-mask\.png"),
+        ("A_MaskLabel.PNG", r"would be called A-mask\.PNG"),
     ],
 )
 def test_masks_by_a_wrong_name(tmp_path, name, message):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     Image.new("L", (8, 8), 255).save(tmp_path / name)
     with pytest.raises(InfusionError, match=message):
+        load_photos(tmp_path)
+
+
+def test_pictures_of_formats_that_are_not_read(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").rename(tmp_path / "a.jfif")
+    (tmp_path / "notes.txt").touch()
+    assert [p.name for p in load_photos(tmp_path)] == ["a.jfif"]
+    for name in ("IMG_1.HEIC", "b.tif"):
+        (tmp_path / name).touch()
+    with pytest.raises(InfusionError, match=r"holds 'IMG_1\.HEIC' and 1 more, of a format that is not read"):
         load_photos(tmp_path)
 
 

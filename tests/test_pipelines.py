@@ -304,12 +304,40 @@ def test_a_copy_of_embeddings_is_drawn_without_the_concept_and_said_so(pipe, mil
         states = infusion.encode(pipe, "a <milo> here")
         plain = latents(pipe, "a dog here")
         copied = {**states, "prompt_embeds": states["prompt_embeds"].clone()}
-        with pytest.warns(infusion.InfusionWarning, match="equal those encoded with <milo>"):
+        with pytest.warns(infusion.InfusionWarning, match="hold states encoded with <milo>"):
             assert torch.equal(latents(pipe, None, **copied), plain)
+        two = infusion.encode(pipe, ["a cat here", "a <milo> here"])
+        longer = {name: torch.cat([s, s], 1) for name, s in states.items()}
+        for some in ({name: s[1:] for name, s in two.items()}, longer):
+            with pytest.warns(infusion.InfusionWarning, match="hold states encoded with <milo>"):
+                latents(pipe, None, **some)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert not torch.equal(latents(pipe, None, **states), plain)
             latents(pipe, None, **infusion.encode(pipe, "a cat here"))
+            latents(pipe, None, **infusion.encode(pipe, "a dog here"))  # the class word's states, and meant so
+            latents(pipe, None, **{name: s[:1] for name, s in two.items()})
+
+
+def test_embeddings_outlive_the_attachment_that_encoded_them(pipe, milo):
+    with infusion.attach(pipe, milo):
+        states, expected = infusion.encode(pipe, "a <milo> here"), latents(pipe, "a <milo> here")
+    with infusion.attach(pipe, milo):
+        assert torch.equal(latents(pipe, None, **states), expected)
+
+
+def test_a_callback_that_changes_the_embeddings_is_told_of(pipe, milo):
+    def fade(pipe, step, timestep, tensors):
+        return {"prompt_embeds": tensors["prompt_embeds"] * 0.5}
+
+    given = {"callback_on_step_end": fade, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    with infusion.attach(pipe, milo):
+        with pytest.warns(infusion.InfusionWarning, match="<milo> was in the prompt, but some UNet calls"):
+            latents(pipe, "a <milo> here", **given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            latents(pipe, "a dog here", **given)
+            latents(pipe, "a <milo> here")
 
 
 def test_an_ip_adapter_beside_a_concept(pipe, milo):

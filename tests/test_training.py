@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderTiny, DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 import infusion
@@ -18,6 +18,7 @@ from infusion.diagnosis import validation_loss
 from infusion.errors import InfusionError, InfusionWarning
 from infusion.fit import base_info
 from infusion.lesson import TEMPLATES, attention_masks, prepare_lesson
+from infusion.methods.interface import rebuilt
 from infusion.photos import Photo, load_photos
 from infusion.streams import cross_attention_layers
 from infusion.training import LearnConfig, learning, learning_together, masked_loss
@@ -137,6 +138,15 @@ def test_many_photos_are_masked_a_few_at_a_time(pipe, photos):
     together, apart = (attention_masks(lesson, pipe.unet, batch=b) for b in (16, 1))
     assert together.shape == lesson.masks.shape
     assert torch.equal(apart, torch.cat([attention_masks(x, pipe.unet) for x in one]))
+
+
+def test_a_tiny_autoencoder_and_bases_of_other_noise(pipe, photos):
+    tiny = AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))  # fmt: skip
+    lesson = prepare_lesson(rebuilt(pipe, vae=tiny), load_photos(photos), "dog", "milo")
+    assert lesson.latents.shape == prepare_lesson(pipe, load_photos(photos), "dog", "milo").latents.shape
+    for other in (EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler()):
+        with pytest.raises(InfusionError, match=f"draws with {type(other).__name__}"):
+            prepare_lesson(rebuilt(pipe, scheduler=other), load_photos(photos), "dog", "milo")
 
 
 def test_a_scheme_changes_the_grid_and_not_the_learning(pipe, photos):

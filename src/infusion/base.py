@@ -42,7 +42,7 @@ def load_base(
         torch.device(device)
     except RuntimeError:
         raise InfusionError(f"{device!r} is no device; use cpu, cuda, cuda:1 or mps.") from None
-    pipe = _load_embedded() if str(base) == EMBEDDED else _load_other(str(base), dtype)
+    pipe = _load_embedded() if str(base) == EMBEDDED else _load_other(str(base), dtype, prediction)
     require_unet(pipe)
     if prediction:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
@@ -76,11 +76,11 @@ def _load_embedded() -> DiffusionPipeline:
     return pipe
 
 
-def _load_other(base: str, dtype: torch.dtype) -> DiffusionPipeline:
+def _load_other(base: str, dtype: torch.dtype, prediction: str | None) -> DiffusionPipeline:
     path = Path(base)
     try:
         if path.is_file():
-            return _load_single_file(path, dtype)
+            return _load_single_file(path, dtype, prediction)
         if path.is_dir() and not (path / "model_index.json").exists():
             raise InfusionError(
                 f"{base!r} holds no diffusers pipeline (no model_index.json); give its top folder, or a .safetensors checkpoint."
@@ -104,8 +104,9 @@ def _first_line(error: BaseException | None) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
-    """A checkpoint in the original layout. Offline: configuration and tokenizers come with us."""
+def _load_single_file(path: Path, dtype: torch.dtype, prediction: str | None) -> DiffusionPipeline:
+    """A checkpoint in the original layout. Offline: configuration and tokenizers come with us. What is not told of it follows from
+    `prediction`, where that is given."""
     if path.suffix != ".safetensors":
         raise InfusionError(f"{str(path)!r} is no .safetensors file; checkpoints that need pickle are not opened.")
     try:
@@ -120,9 +121,15 @@ def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
             f"{str(path)!r} is no Stable Diffusion 1.x, 2.x or XL checkpoint in the original layout; "
             "other bases are given as a diffusers folder or a hub id."
         )
+    if any(name.startswith("edm_") for name in shapes):
+        raise InfusionError(
+            f"{str(path)!r} is an EDM checkpoint, whose noise is not Stable Diffusion's; concepts are not learned on such, nor drawn."
+        )
     components = dict(FAMILIES[family])
-    predicts = _predicts(family, path, metadata, "v_pred" in shapes)
+    predicts = prediction or _predicts(family, path, metadata, "v_pred" in shapes)
     components["scheduler"] = {**components["scheduler"], "prediction_type": predicts}
+    if "ztsnr" in shapes:  # beside "v_pred": learned down to no signal at all (arXiv 2305.08891)
+        components["scheduler"] |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     side = metadata.get("modelspec.resolution", "").partition("x")[0]
     if family == "stable-diffusion-v2" and (side == "512" or (predicts == "epsilon" and not side)):
         components["unet"] = {**components["unet"], "sample_size": 64}

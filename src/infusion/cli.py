@@ -9,7 +9,7 @@ import contextlib
 import shlex
 import signal
 import sys
-from collections.abc import Set
+from collections.abc import Container, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -210,10 +210,11 @@ def generate(
         from infusion.sheets import square_grid
 
         concepts = [Concept.load(path) for path in concept or []]
-        _check_names(prompts, concepts)
         _writable(out / "contact-sheet.png")
         pipe = load_base(base, device, dtype, prediction)
-        _check_negative(negative, {*pipe.tokenizer.get_vocab(), *(f"<{c.name}>" for c in concepts)})
+        known = pipe.tokenizer.get_vocab()
+        _check_names(prompts, concepts, known)
+        _check_negative(negative, {*known, *(f"<{c.name}>" for c in concepts)})
         texts = [p for p in prompts for _ in range(count)]
         seeds = [seed + i for _ in prompts for i in range(count)]
         details = {
@@ -254,6 +255,9 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="Pictures a prompt, by the base and by the adapter.")] = 10,
     clip: Annotated[str | None, typer.Option(help="CLIP weights for CLIP-I and CLIP-T: a folder or a hub id.")] = None,
     dino: Annotated[str | None, typer.Option(help="DINO weights for subject fidelity: a folder or a hub id.")] = None,
+    cache: Annotated[
+        bool, typer.Option(help="Keep the base's own pictures in ~/.cache/infusion for the next evaluation.")
+    ] = True,
     batch: Together = None,
     device: Device = None,
     dtype: DType = "fp32",
@@ -262,6 +266,7 @@ def evaluate(
     """Measure overfitting: what a customization forgets, repeats, and whether it still varies."""
     with progress("Loading the base model") as told:
         from infusion.adapters import load_adapter
+        from infusion.album import default_album
         from infusion.base import load_base
         from infusion.evaluation import EvaluateConfig
         from infusion.evaluation import evaluate as measure
@@ -282,7 +287,8 @@ def evaluate(
         for space in spaces:
             space.model.to(execution_device(pipe))
         judge = shipped_judge() if base == EMBEDDED else None
-        evaluation = measure(pipe, loaded, pictures, word, config, told, spaces, judge)
+        album = default_album() if cache else None
+        evaluation = measure(pipe, loaded, pictures, word, config, told, spaces, judge, album)
         report = write_report(evaluation, out, base, adapter.resolve().name, checkups)
     for sentence in evaluation.verdict:
         say.print(sentence)
@@ -384,15 +390,14 @@ def _check_negative(negative: str | None, known: Set[str]) -> None:
             )
 
 
-def _check_names(prompts: list[str], concepts: list[Any]) -> None:
-    """Refuse `<name>` where no concept is loaded: it would reach the base as plain text. Tell of concepts that nobody calls."""
+def _check_names(prompts: list[str], concepts: list[Any], known: Container[str]) -> None:
+    """Refuse `<name>` where no concept is loaded, unless it is one of the base's `known` words: it would reach the base as plain text.
+    Tell of concepts that nobody calls."""
     from infusion.prompts import TAG
 
     called = {tag["name"]: tag[0] for prompt in prompts for tag in TAG.finditer(prompt)}
-    if called and not concepts:
-        raise InfusionError(
-            f"The prompt names {next(iter(called.values()))}, but no concept is loaded; give its file with --concept."
-        )
+    if not concepts and (unknown := [tag for tag in called.values() if tag not in known]):
+        raise InfusionError(f"The prompt names {unknown[0]}, but no concept is loaded; give its file with --concept.")
     for concept in concepts:
         if concept.name not in called:
             say.print(f"No prompt names <{concept.name}>, so it has no effect; call it as 'a <{concept.name}>'.")

@@ -175,13 +175,13 @@ class Concept:
             )
         return concept
 
-    def save(self, path: str | Path, scheme: str = "q6") -> Path:
+    def save(self, path: str | Path, scheme: str | None = None) -> Path:
         """Write the concept to `path`, whole or not at all, and return the path.
 
-        The default scheme holds values to 6 bits; a concept that was learned or loaded is on its grid already and is
-        saved without loss. Raises InfusionError where nothing can be written.
+        scheme: by default the smallest that loses nothing, which for a concept as it is learned by default is "q6".
+        Raises InfusionError where nothing can be written.
         """
-        _write_atomically(Path(path), self.to_bytes(scheme))
+        _write_atomically(Path(path), self.to_bytes(scheme or self._lossless()))
         return Path(path)
 
     @classmethod
@@ -199,6 +199,12 @@ class Concept:
         except OSError as error:
             raise InfusionError(f"{str(path)!r} cannot be read ({error.strerror}); check its permissions.") from None
         return cls.from_bytes(content, repr(str(path)))
+
+    def _lossless(self) -> str:
+        """The smallest scheme that holds the values as they are."""
+        exact = on_grid(self.residuals, "fp32")
+        held = ((scheme, on_grid(self.residuals, scheme)) for scheme in SCHEMES)
+        return next(scheme for scheme, values in held if all(torch.equal(values[p], exact[p]) for p in exact))
 
     def on_grid(self, scheme: str = "q6") -> Concept:
         """The concept as a file of `scheme` holds it."""

@@ -12,11 +12,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 from torch import Tensor
 
+from infusion.album import kept
 from infusion.config import hold_types
 from infusion.errors import InfusionError
 from infusion.features import FeatureFigures, Features, feature_figures, left_out
@@ -138,10 +140,12 @@ def evaluate(
     progress: Progress | None = None,
     spaces: Sequence[Features] = (),
     judge: Judge | None = None,
+    album: Path | None = None,
 ) -> Evaluation:
     """Measure `adapter` on its base `pipe` against the photos it was learned from. Leaves nothing on the pipeline.
 
-    spaces: feature spaces beside the autoencoder's latents. judge: for the embedded base alone.
+    spaces: feature spaces beside the autoencoder's latents. judge: for the embedded base alone. album: a folder in which the base's own
+    pictures are kept for the next evaluation of that class (`album.kept`).
 
     Raises InfusionError for an adapter of another base.
     """
@@ -159,14 +163,18 @@ def evaluate(
         on_step = lambda a, b: told(label, a, b)  # noqa: E731
         return generate(pipe, prompts, seeds, config.steps, config.guidance_scale, config.batch, on_step=on_step)
 
+    def by_base(label: str, prompts: list[str], seeds: list[int]) -> list[Picture]:
+        return kept(album, pipe, prompts, seeds, settings, lambda: drawn(label, pipe, prompts, seeds))
+
+    settings = {name: getattr(config, name) for name in ("steps", "guidance_scale", "batch")}
     with adapter.attached(pipe) as custom:  # first, so that an adapter of another base is refused before any work
         ours = drawn("Drawing with the adapter", custom, [t.replace("{}", adapter.subject) for t in texts], seeds)
-    base = drawn("Drawing with the base", pipe, [t.replace("{}", f"a {word}") for t in texts], seeds)
+    base = by_base("Drawing with the base", [t.replace("{}", f"a {word}") for t in texts], seeds)
     lesson = prepare_lesson(pipe, photos, word, "subject", flip=False)
     generic = f"a photo of a {word} in the city"
     other_texts = [p for p in (*others, generic) for _ in range(config.other_seeds)]
     other_seeds = [config.seed + i for i in range(len(other_texts))]
-    other = drawn("Drawing other prompts with the base", pipe, other_texts, other_seeds)
+    other = by_base("Drawing other prompts with the base", other_texts, other_seeds)
     latents = dict(
         zip((*others, generic), encode_pictures(pipe, [p.image for p in other]).split(config.other_seeds), strict=True)
     )
@@ -212,10 +220,16 @@ def verdict(f: Figures) -> tuple[str, ...]:
         )
     elif f.background_above.high <= 0.02:
         said.append(
-            f"It keeps to the places it is asked for: similarity to the photos' background is {f.background_above.value:+.3f} beside the base's."
+            f"It keeps to the backgrounds it is asked for: similarity to the photos' background is {f.background_above.value:+.3f} beside the base's."
         )
     else:
         said.append(_untold("it repeats its background", f.background_above, 1, f.pictures))
+    if f.judged:
+        said += [
+            f"By the judge the photos' {name} comes back where another was asked for: in {leaked.custom.value:.0%} of such pictures, in {leaked.base.value:.0%} of the base's."
+            for name, leaked in f.judged.leaks.items()
+            if leaked.above.low > 0
+        ]
     scale = f.variety_base.value or 1.0
     loss = f.variety_above.value / scale
     if f.variety_above.high < 0 and loss < -0.05:

@@ -161,6 +161,10 @@ def prepare_lesson(
         )
     if pipe.tokenizer is None:
         raise InfusionError("This base has no tokenizer of its own; learn on a text-to-image base, not on a refiner.")
+    if "beta_schedule" not in pipe.scheduler.config or pipe.vae.config.get("latents_mean") is not None:
+        raise InfusionError(
+            f"This base draws with {type(pipe.scheduler).__name__} and its autoencoder's own scale; learning knows Stable Diffusion's noise, not EDM's or a flow's."
+        )
     noise = DDPMScheduler.from_config(pipe.scheduler.config)
     if noise.config["prediction_type"] not in ("epsilon", "v_prediction"):
         raise InfusionError(
@@ -228,21 +232,32 @@ def encode_pictures(pipe: DiffusionPipeline, pictures: Sequence[Image.Image]) ->
     try:
         if upcast:
             vae.to(torch.float32)
-        parts = [vae.encode(part.to(device, vae.dtype)).latent_dist.mode() for part in x.split(batch)]
+        parts = [_latents(vae.encode(part.to(device, vae.dtype))) for part in x.split(batch)]
     finally:
         if upcast:
             vae.to(dtype)
     return (torch.cat(parts) * vae.config.scaling_factor).to(device, require_unet(pipe).dtype)
 
 
+def _latents(encoded: Any) -> Tensor:
+    """What an autoencoder makes of pictures; a tiny one gives no distribution."""
+    return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+
+
 @torch.no_grad()
 def attention_masks(
-    lesson: Lesson, unet: nn.Module, timesteps: Sequence[int] = (300, 450, 600), seed: int = 0, batch: int = 16
+    lesson: Lesson,
+    unet: nn.Module,
+    timesteps: Sequence[int] = (300, 450, 600),
+    seed: int = 0,
+    batch: int | None = None,
 ) -> Tensor:
     """Soft masks of the subject, found by the base's own attention to the class word: (n, g, g), largest value 1.
 
-    Averaged over timesteps, captions, heads and the layers of 8x8 to 32x32, which show objects best; `batch` pictures at a time.
+    Averaged over timesteps, captions, heads and the layers of 8x8 to 32x32, which show objects best. batch: pictures at a time, by
+    default as many as take the memory of 16 at Stable Diffusion 1.5's size.
     """
+    batch = batch or max(1, min(16, 16 * 64**2 // lesson.latents[0, 0].numel()))
 
     def heat(latents: Tensor, masks: Tensor) -> Tensor:
         some = replace(lesson, latents=latents, masks=masks)

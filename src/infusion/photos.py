@@ -13,9 +13,11 @@ from torch import Tensor
 
 from infusion.errors import InfusionError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp")
+UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")  # pictures too, but not among FORMATS
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # whatever the name says: EPS, for one, would start Ghostscript
 MASK_SUFFIX = "-mask"  # milo1.png has its mask in milo1-mask.png
+OTHERS_MASKS = ("_mask", "-masklabel", "_masklabel")  # as other trainers name them
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ def load_photos(source: str | Path | Sequence[Image.Image | Photo | str | Path])
 
     A mask is taken from `<name>-mask.png` beside `<name>.png`, or from a picture's own alpha channel.
     Raises InfusionError for a folder that is missing or empty, for a picture that cannot be read, for a mask of another shape than its
-    photo or without white, and for one whose name belongs to no photo.
+    photo or without white, for one whose name belongs to no photo, and for a folder with pictures of formats that are not read.
     """
     if not isinstance(source, str | Path):
         photos = [_given(p) for p in source]
@@ -42,6 +44,10 @@ def load_photos(source: str | Path | Sequence[Image.Image | Photo | str | Path])
     folder = Path(source)
     if not folder.is_dir():
         raise InfusionError(f"There is no folder {str(folder)!r}; give a folder with 3 to 6 pictures of one subject.")
+    if unread := sorted(p.name for p in folder.iterdir() if p.suffix.lower() in UNREAD):
+        raise InfusionError(
+            f"{str(folder)!r} holds {unread[0]!r}{f' and {len(unread) - 1} more' if unread[1:] else ''}, of a format that is not read; turn it into PNG or JPEG, or move it away."
+        )
     pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
     files = [p for p in pictures if not p.stem.lower().endswith(MASK_SUFFIX)]
     _check_masks(pictures, {p.stem.lower() for p in files})
@@ -69,10 +75,11 @@ def _check_masks(pictures: Sequence[Path], photos: Set[str]) -> None:
             raise InfusionError(
                 f"{str(path)!r} is a mask by its name, but no photo is called {path.stem[: -len(MASK_SUFFIX)]!r}; give it its photo's name and {MASK_SUFFIX}, or, if it is a photo, another name."
             )
-        if stem.endswith("_mask") and stem.removesuffix("_mask") in photos:
-            raise InfusionError(
-                f"{str(path)!r} looks like a mask, which would be called {path.stem[: -len('_mask')]}{MASK_SUFFIX}{path.suffix}; rename it, or, if it is a photo, give it another name."
-            )
+        for ending in OTHERS_MASKS:
+            if stem.endswith(ending) and stem.removesuffix(ending) in photos:
+                raise InfusionError(
+                    f"{str(path)!r} looks like a mask, which would be called {path.stem[: -len(ending)]}{MASK_SUFFIX}{path.suffix}; rename it, or, if it is a photo, give it another name."
+                )
 
 
 def _load(path: Path, beside: Mapping[str, Path]) -> Photo:

@@ -16,8 +16,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
-import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -140,6 +140,8 @@ class _Session:
     """Everything attached to one UNet."""
 
     open: ClassVar[dict[int, _Session]] = {}  # id of the UNet -> its session, as long as something is attached
+    # What was encoded, and where concepts stand in it, by UNet: known in later sessions too, as long as the states are alive.
+    encoded: ClassVar[WeakKeyDictionary[nn.Module, list[tuple[weakref.ref[Tensor], Rows]]]] = WeakKeyDictionary()
 
     def __init__(self, unet: nn.Module) -> None:
         self.unet = unet
@@ -148,7 +150,6 @@ class _Session:
         self.pipelines: list[DiffusionPipeline] = []
         # id of a pipeline -> what it had of _REPLACED itself, not from its class
         self.own: dict[int, dict[str, Any]] = {}
-        self.encoded: list[tuple[weakref.ref[Tensor], Rows]] = []
         # Under way, or begun and never ended; the innermost last.
         self.calls: list[tuple[DiffusionPipeline, Plan]] = []
 
@@ -201,13 +202,9 @@ class _Session:
         @functools.wraps(free)
         def maybe_free_model_hooks() -> None:  # the last thing that a stock pipeline's call does
             free()
-            unmet = self.ended(pipe)
-            if unmet is not None:
-                names = ", ".join(sorted({f"<{m.name}>" for row in unmet.rows for m in row}))
-                raise InfusionError(
-                    f"{names} was in the prompt, but no UNet call had the prompt's text states, unconditional rows first; "
-                    "do not change prompt_embeds on the way, or attach to a stock pipeline."
-                )
+            plan = self.ended(pipe)
+            if plan is not None:
+                self._check_followed(plan)
 
         pipe.encode_prompt, pipe.maybe_free_model_hooks = encode_prompt, maybe_free_model_hooks
         self.pipelines.append(pipe)
@@ -218,24 +215,39 @@ class _Session:
         self.streams.plans = [plan for _, plan in self.calls]
 
     def ended(self, pipe: DiffusionPipeline) -> Plan | None:
-        """The innermost call of `pipe` is over, and with it those inside that never ended. Returns its plan if it names a concept and
-        no UNet call followed it."""
-        unmet = None
+        """The innermost call of `pipe` is over, and with it those inside that never ended. Returns its plan if it names a concept."""
+        over = None
         while any(p is pipe for p, _ in self.calls):
             caller, plan = self.calls.pop()
             if caller is pipe:
-                unmet = plan if any(plan.rows) and plan not in self.streams.met else None
+                over = plan if any(plan.rows) else None
                 break
         self.streams.plans = [plan for _, plan in self.calls]
-        return unmet
+        return over
+
+    def _check_followed(self, plan: Plan) -> None:
+        """Raise InfusionError where no UNet call followed the plan of a call that is over, warn where some did not."""
+        names = ", ".join(sorted({f"<{m.name}>" for row in plan.rows for m in row}))
+        if plan not in self.streams.met:
+            raise InfusionError(
+                f"{names} was in the prompt, but no UNet call had the prompt's text states, unconditional rows first; "
+                "do not change prompt_embeds on the way, or attach to a stock pipeline."
+            )
+        if plan in self.streams.strayed:
+            warnings.warn(
+                f"{names} was in the prompt, but some UNet calls had other text states and were made without it; "
+                "do not change prompt_embeds on the way.",
+                InfusionWarning,
+                stacklevel=4,
+            )
 
     def encode(self, pipe: DiffusionPipeline, call: inspect.BoundArguments, stock: Callable[[], Any]) -> Any:
         """Encode a prompt with `stock`, the pipeline's own method with the arguments of `call`, names replaced, and plan the rows."""
         result, rows = self._encoded(pipe, call, stock)
         given = call.arguments
-        if any(rows) and given.get("prompt_embeds") is None:
-            self.encoded = [e for e in self.encoded if e[0]() is not None]
-            self.encoded.append((weakref.ref(result[0]), rows))
+        if given.get("prompt_embeds") is None and isinstance(result[0], Tensor):
+            alive = [e for e in self.encoded.get(self.unet, []) if e[0]() is not None]
+            self.encoded[self.unet] = [*alive, (weakref.ref(result[0]), rows)]
         if isinstance(result[0], Tensor):  # a call without a concept has a plan too: it may run inside one that has
             self.begun(pipe, Plan(rows or ((),) * len(result[0]), result[0], given.get("do_classifier_free_guidance")))
         return result
@@ -269,10 +281,11 @@ class _Session:
 
     def _rows_of(self, states: Tensor) -> Rows:
         """The rows of states that were encoded here; others carry no concept. Raises InfusionError for one that is detached by now."""
-        alive = [(ours, rows) for ref, rows in self.encoded if (ours := ref()) is not None]
-        rows = next((rows for ours, rows in alive if ours is states), ())
-        if not rows:
+        alive = [(ours, rows) for ref, rows in self.encoded.get(self.unet, []) if (ours := ref()) is not None]
+        rows = next((rows for ours, rows in alive if ours is states), None)
+        if rows is None:
             _warn_of_copies(alive, states)
+            return ()
         attached = {name for a in self.attachments for name in a.concepts}
         if gone := sorted({m.name for row in rows for m in row} - attached):
             raise InfusionError(f"prompt_embeds were encoded with <{gone[0]}>, which is detached; attach it again.")
@@ -334,12 +347,16 @@ def _watch_new_pipelines(on: bool) -> None:
 
 
 def _warn_of_copies(encoded: Sequence[tuple[Tensor, Rows]], states: Tensor) -> None:
-    """Equal states tell no concept (the class word's own are the same), but may be meant to."""
+    """Equal states tell no concept (the class word's own are the same), but may be meant to. Each row counts: copies are also slices of a
+    batch, batches put together, and longer ones."""
     for ours, rows in encoded:
-        if ours.shape == states.shape and torch.equal(ours.to(states), states):
-            name = next(m.name for row in rows for m in row)
+        fits = ours.shape[2:] == states.shape[2:] and ours.shape[1] <= states.shape[1]
+        for row, mentions in zip(ours.to(states) if fits else (), rows, strict=False):
+            if not mentions or not bool((states[:, : len(row)] == row).flatten(1).all(1).any()):
+                continue
+            name = mentions[0].name
             warnings.warn(
-                f"prompt_embeds equal those encoded with <{name}> but are another tensor, so they are drawn without it; "
+                f"prompt_embeds hold states encoded with <{name}> but are another tensor, so they are drawn without it; "
                 f"if <{name}> is meant, pass on the very tensors that infusion.encode returned.",
                 InfusionWarning,
                 stacklevel=6,

@@ -155,6 +155,7 @@ class Streams:
         self.two_streams = True
         self.plans: list[Plan] = []  # those in force, the innermost last
         self.met: WeakSet[Plan] = WeakSet()  # those that a UNet call followed
+        self.strayed: WeakSet[Plan] = WeakSet()  # those met of which a later call brought other text states
         self.mode: Mode = "joint"
         self.recorded: dict[
             str, tuple[Tensor, Tensor]
@@ -280,6 +281,9 @@ class Streams:
             chunks = [torch.equal(c, plan.states.to(c)) for c in states.split(n)]
             if any(chunks):
                 return self._following(plan, chunks, states)
+        innermost = self.plans[-1] if self.plans else None
+        if innermost and innermost in self.met and states.shape[1:] == innermost.states.shape[1:]:
+            self.strayed.add(innermost)
         return None
 
     def _following(self, plan: Plan, chunks: list[bool], states: Tensor) -> _Call | None:
@@ -297,7 +301,9 @@ class Streams:
         return self._make_call(plan, batch - n, batch, states)
 
     def _make_call(self, plan: Plan, offset: int, batch: int, states: Tensor) -> _Call:
-        device = states.device
+        # Of a UNet that lies elsewhere than the pipeline's other parts, torch's hooks run before accelerate's moves the states.
+        device = getattr(getattr(self.unet, "_hf_hook", None), "execution_device", None)
+        device = states.device if device is None else torch.device(device)
         rows = [i for i, mentions in enumerate(plan.rows) if mentions]
         entries = [(c, m) for c, i in enumerate(rows) for m in plan.rows[i]]
         words = torch.zeros(len(entries), states.shape[1])
@@ -312,7 +318,7 @@ class Streams:
             rows=torch.tensor(customized, device=device),
             entry_row=torch.tensor([c for c, _ in entries], device=device),
             words=words.to(device),
-            residuals=self._entry_residuals([m.name for _, m in entries], states),
+            residuals=self._entry_residuals([m.name for _, m in entries], device, states.dtype),
             batch=batch,
             mode=self.mode,
             source=torch.tensor(source, device=device),
@@ -320,7 +326,7 @@ class Streams:
             origin=places(origin),
         )
 
-    def _entry_residuals(self, names: list[str], like: Tensor) -> dict[str, Tensor]:
+    def _entry_residuals(self, names: list[str], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Residuals of the named concepts, stacked per layer; zero where a concept has none in a layer that another has."""
         stacked = {}
         for path in self.layers:
@@ -328,7 +334,7 @@ class Streams:
             length = next((len(r) for r in found if r is not None), None)
             if length is not None:
                 zero = torch.zeros(length)
-                stacked[path] = torch.stack([(zero if r is None else r).to(like.device, like.dtype) for r in found])
+                stacked[path] = torch.stack([(zero if r is None else r).to(device, dtype) for r in found])
         return stacked
 
 
@@ -365,7 +371,7 @@ def _project(layer: Attention, delta: Tensor) -> Tensor:
 def _append_rows(value: Any, rows: Tensor, batch: int) -> Any:
     """Every tensor whose first axis is the batch, nested ones too, with `rows` of it appended."""
     if isinstance(value, Tensor):
-        return torch.cat([value, value[rows]]) if value.ndim and value.shape[0] == batch else value
+        return torch.cat([value, value[rows.to(value.device)]]) if value.ndim and value.shape[0] == batch else value
     if isinstance(value, dict):
         return {k: _append_rows(v, rows, batch) for k, v in value.items()}
     if isinstance(value, tuple | list):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from infusion.metrics.estimate import bootstrap, paired, rate
+from infusion.metrics.estimate import bootstrap, paired, paired_rates, rate
 
 
 def test_the_interval_of_a_mean_is_the_normal_one():
@@ -63,3 +63,28 @@ def test_pairs_are_sharper_than_two_intervals():
     assert bootstrap(a).low < bootstrap(b).high
     with pytest.raises(ValueError, match="cannot be paired"):
         paired(a, b[:5])
+
+
+def test_a_difference_of_rates_has_a_width_where_neither_hits():
+    none = torch.zeros(20, dtype=torch.bool)
+    found = paired_rates(none, none)
+    assert (found.value, found.low, found.high) == (0, -rate(none).high, rate(none).high)
+    some = torch.arange(20) < 5
+    alike, apart = paired_rates(some, some), paired_rates(some, some.flip(0))
+    assert alike.value == apart.value == 0
+    assert alike.high < apart.high  # pictures that agree tell more
+    against = paired_rates(none, some)
+    forth = paired_rates(some, none)
+    assert (against.low, against.high) == pytest.approx((-forth.high, -forth.low))
+    assert forth.low > 0
+
+
+def test_an_interval_of_a_difference_of_rates_covers_the_truth():
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(400):
+        u = torch.rand(40, generator=generator)
+        again = torch.where(torch.rand(40, generator=generator) < 0.5, u, torch.rand(40, generator=generator))
+        found = paired_rates(u < 0.3, again < 0.1)
+        held += found.low <= 0.2 <= found.high
+    assert held >= 0.92 * 400

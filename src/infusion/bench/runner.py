@@ -173,12 +173,17 @@ def _on_ray(
     import ray
 
     started = not ray.is_initialized()
-    if started:
-        ray.init(num_cpus=workers, include_dashboard=False, logging_level="ERROR")
+    if started:  # on the cluster that RAY_ADDRESS names, else on one of its own, whatever else runs here
+        cluster = os.environ.get("RAY_ADDRESS")
+        local = {} if cluster else {"num_cpus": workers, "include_dashboard": False}
+        ray.init(cluster or "local", logging_level="ERROR", **local)
     try:
         remote = ray.remote(num_cpus=1, max_retries=0)(one)
-        running = {remote.remote(job, threads): job for job in todo}
-        while running:
+        left, running = list(todo), {}
+        while left or running:
+            while left and len(running) < workers:
+                job = left.pop(0)
+                running[remote.remote(job, threads)] = job
             (done, *_), _ = ray.wait(list(running), num_returns=1)
             job = running.pop(done)
             try:

@@ -199,8 +199,9 @@ def _beside(found: dict, label: str) -> list[str]:
         "|---" * (len(columns) + 2) + "|",
     ]
     for other, figures in others.items():
-        cells = [_cell(figures.get(name), unit) for name, _, unit in columns]
-        lines.append(f"| {other} | {' | '.join(cells)} | {figures['fidelity'].n} |")
+        of = figures["fidelity"].n
+        cells = [_cell(figures.get(name), unit, of=of) for name, _, unit in columns]
+        lines.append(f"| {other} | {' | '.join(cells)} | {of} |")
     return [*lines, ""]
 
 

@@ -205,7 +205,8 @@ def _commit() -> str | None:
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
 
     try:
-        return git("ls-files", Path(__file__).name) and git("describe", "--always", "--dirty=+", "--abbrev=12") or None
+        kept = git("ls-files", Path(__file__).name)
+        return git("describe", "--always", "--dirty=+", "--abbrev=12") or None if kept else None
     except OSError:
         return None
 

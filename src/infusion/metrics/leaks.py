@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from infusion.metrics.estimate import Estimate, paired, rate
+from infusion.metrics.estimate import Estimate, paired_rates, rate
 
 
 @dataclass(frozen=True)
@@ -37,4 +37,4 @@ def leak(custom: Sequence[str | None], base: Sequence[str | None], asked: Sequen
     if not counted:
         raise ValueError(f"No readable picture was asked for anything other than {trained!r}; add prompts that are.")
     hits = [torch.tensor([read[i] == trained for i in counted]) for read in (custom, base)]
-    return Leak(rate(hits[0]), rate(hits[1]), paired(hits[0].double(), hits[1].double()), len(elsewhere) - len(counted))
+    return Leak(rate(hits[0]), rate(hits[1]), paired_rates(*hits), len(elsewhere) - len(counted))
