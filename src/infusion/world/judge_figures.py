@@ -1,7 +1,13 @@
-"""How good the judge is, when it is to be believed, and its model card."""
+"""How good the judge is, when it is to be believed, and its model card.
+
+    python -m infusion.world.judge_figures --folder F --families 384 --seed 20261130
+
+draws fresh families, examines the shipped judge on them, and writes its card to F.
+"""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -12,11 +18,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from infusion.world.judge import GRID, SHIPPED, Judge, JudgeNetwork, Maps, beliefs, evidence, look, peaks
+from infusion.world.judge import GRID, SHIPPED, Judge, JudgeNetwork, Maps, beliefs, evidence, load_judge, look, peaks
 from infusion.world.judge_lessons import Labels, cells, corrupt, labels_of, shows_change
 from infusion.world.models import pixels_to_tensor
+from infusion.world.release import shipped_autoencoder
 from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
-from infusion.world.twins import CHANGES, VIEWS, Families
+from infusion.world.twins import CHANGES, VIEWS, Families, build_families, load_families
 
 TRAININGS = "trainings.json"
 WEIGHTS = (0.0, 2.0, 5.0, 10.0, 20.0)  # what the embedding's cosine may count beside the heads' evidence
@@ -288,3 +295,31 @@ picture would differ by 6 % of full brightness over some 4x4 pixels). "Told" is 
 Twins differ in one attribute, or in their proportions alone; {figures["clean"]["twins"]:.0f} pairs in an attribute that both pictures show. Whether two
 are one individual is told by the heads whose beliefs differ (how much likelier they are of two individuals that the world drew than of one) and by the embedding's cosine. Every picture is looked at in six views: as it is and a pixel up and down, each mirrored too. "Likeness" in reports and benchmarks is that cosine alone.
 """
+
+
+def all_figures(judge: Judge, data: Families, autoencoder: AutoencoderKL) -> dict[str, dict[str, float]]:
+    """What the card tells: "clean" and "autoencoded" (`examine`), "told" (`examine_told`)."""
+    network, weight = judge.network, judge.thresholds["embedding"]
+    return {
+        "clean": examine(network, data, weight),
+        "autoencoded": examine(network, data, weight, autoencoder),
+        "told": examine_told(judge, data, autoencoder),
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--families", type=int, default=256, help=f"of {VIEWS} pictures each; 64 take some minutes")
+    parser.add_argument("--seed", type=int, required=True, help="one that no training and no choice was made on")
+    args = parser.parse_args()
+    for _ in build_families(args.folder, args.families, args.seed, strict=True):
+        pass
+    figures = all_figures(load_judge(), load_families(args.folder), shipped_autoencoder().requires_grad_(False))
+    (args.folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (args.folder / "README.md").write_text(judge_card(read_trainings(), figures, SHIPPED))
+
+
+if __name__ == "__main__":
+    main()

@@ -24,9 +24,8 @@ from infusion.world.autoencoder import load_encoded
 from infusion.world.judge import Judge, JudgeNetwork, Maps, load_judge
 from infusion.world.judge_figures import (
     TRAININGS,
+    all_figures,
     calibrate,
-    examine,
-    examine_told,
     judge_card,
     read_trainings,
     training_of,
@@ -181,9 +180,7 @@ def main() -> None:
     autoencoder.cpu()
     test = load_families(args.folder / "test")
     judge = Judge(network, calibrate(network, load_families(args.folder / "calibration"), autoencoder))
-    weight = judge.thresholds["embedding"]
-    figures = {"clean": examine(network, test, weight), "autoencoded": examine(network, test, weight, autoencoder)}
-    figures["told"] = examine_told(judge, test, autoencoder)
+    figures = all_figures(judge, test, autoencoder)
     log(args.folder, stage="figures", **figures, thresholds=judge.thresholds)
     judge.save(args.folder / "judge.safetensors")
     trainings = [*(read_trainings() if config.from_weights else []), training_of(read_log(args.folder))]
