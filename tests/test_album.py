@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
 
 from infusion.album import default_album, fingerprint, kept
@@ -43,6 +44,12 @@ def test_anything_else_is_drawn(ask, pipe):
     assert ask(prompts=("a dog", "a bird"))[1]
     assert ask(seeds=(3, 5))[1]
     assert ask(steps=3)[1]
+    pipe.unet.register_to_config(sample_size=16)
+    assert ask()[1]
+    pipe.unet.register_to_config(sample_size=8)
+    assert not ask()[1]
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert ask()[1]
     before = fingerprint(pipe)
     with torch.no_grad():
         next(iter(pipe.vae.parameters())).view(-1)[0] += 1e-6
@@ -52,6 +59,16 @@ def test_anything_else_is_drawn(ask, pipe):
     assert fingerprint(pipe) == ""
     assert ask()[1]
     assert ask()[1]
+
+
+def test_another_process_finds_them(ask, pipe):
+    """diffusers keeps the names of defaults as a set's list, in which every process has its own order."""
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    ask()
+    names = pipe.scheduler.config["_use_default_values"]
+    assert len(names) > 2
+    pipe.scheduler.register_to_config(_use_default_values=[*names[1:], names[0]])
+    assert not ask()[1]
 
 
 def test_damaged_pictures_are_drawn_again(ask, tmp_path):

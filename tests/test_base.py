@@ -207,6 +207,7 @@ def test_a_checkpoint_marked_as_predicting_velocity_and_told_otherwise(tmp_path,
     scheduler = infusion.load_base(path, device="cpu").scheduler
     assert scheduler.config.prediction_type == "v_prediction"
     assert scheduler.alphas_cumprod[-1] < 1e-6
+    assert infusion.load_base(path, device="cpu", prediction="epsilon").scheduler.alphas_cumprod[-1] > 1e-3
     save_file(original_layout(pipe) | {"edm_mean": torch.zeros(4)}, path)
     with pytest.raises(InfusionError, match="is an EDM checkpoint"):
         infusion.load_base(path)

@@ -322,8 +322,14 @@ def test_a_copy_of_embeddings_is_drawn_without_the_concept_and_said_so(pipe, mil
 def test_embeddings_outlive_the_attachment_that_encoded_them(pipe, milo):
     with infusion.attach(pipe, milo):
         states, expected = infusion.encode(pipe, "a <milo> here"), latents(pipe, "a <milo> here")
+        weak = latents(pipe, "a <milo:0.25> here")
     with infusion.attach(pipe, milo):
         assert torch.equal(latents(pipe, None, **states), expected)
+    with infusion.attach(pipe, milo, strength={"milo": 0.25}):
+        assert torch.equal(latents(pipe, None, **states), weak)
+    other = dataclasses.replace(milo, word="cat")
+    with infusion.attach(pipe, other), pytest.raises(InfusionError, match="<milo> for 'dog', which stands for 'cat'"):
+        latents(pipe, None, **states)
 
 
 def test_a_callback_that_changes_the_embeddings_is_told_of(pipe, milo):

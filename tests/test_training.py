@@ -16,13 +16,15 @@ from PIL import Image
 import infusion
 from infusion.diagnosis import validation_loss
 from infusion.errors import InfusionError, InfusionWarning
+from infusion.evaluation import evaluate
 from infusion.fit import base_info
 from infusion.lesson import TEMPLATES, attention_masks, prepare_lesson
+from infusion.methods.infusion import ConceptAdapter
 from infusion.methods.interface import rebuilt
 from infusion.photos import Photo, load_photos
 from infusion.streams import cross_attention_layers
 from infusion.training import LearnConfig, learning, learning_together, masked_loss
-from tests.conftest import latents, tiny_unet
+from tests.conftest import latents, random_concept, tiny_unet
 
 
 @pytest.fixture
@@ -147,6 +149,8 @@ def test_a_tiny_autoencoder_and_bases_of_other_noise(pipe, photos):
     for other in (EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler()):
         with pytest.raises(InfusionError, match=f"draws with {type(other).__name__}"):
             prepare_lesson(rebuilt(pipe, scheduler=other), load_photos(photos), "dog", "milo")
+        with pytest.raises(InfusionError, match=f"draws with {type(other).__name__}"):
+            evaluate(rebuilt(pipe, scheduler=other), ConceptAdapter("a <milo>", random_concept(pipe.unet)), [], "dog")
 
 
 def test_a_scheme_changes_the_grid_and_not_the_learning(pipe, photos):

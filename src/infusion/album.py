@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,12 +11,14 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, UnidentifiedImageError
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from infusion.errors import InfusionWarning
 from infusion.generation import Picture
@@ -44,7 +47,7 @@ def kept(
     if not album or not weights:
         return draw()
     decides = [
-        weights, list(prompts), list(seeds), dict(settings), dict(pipe.scheduler.config), type(pipe).__name__,
+        weights, list(prompts), list(seeds), dict(settings), _settings_of(pipe.scheduler), type(pipe).__name__,
         str(require_unet(pipe).dtype), execution_device(pipe).type, torch.__version__, diffusers.__version__,
     ]  # fmt: skip
     folder = album / hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
@@ -65,16 +68,26 @@ def kept(
 
 
 def fingerprint(pipe: DiffusionPipeline) -> str:
-    """A digest of all weights, by exact sums of their bits, which take no longer than reading them does; "" where they are not at hand."""
+    """A digest of what the pipeline is made of beside its scheduler: configurations, vocabularies, and all weights, by exact sums of their
+    bits, which take no longer than reading them does; "" where they are not at hand."""
     digest = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
+        if isinstance(part, PreTrainedTokenizerBase):
+            digest.update(json.dumps([name, part.get_vocab(), part.special_tokens_map], sort_keys=True).encode())
         if isinstance(part, nn.Module):
+            digest.update(json.dumps([name, _settings_of(part)], sort_keys=True, default=str).encode())
             for key, value in part.state_dict().items():
                 if value.device.type == "meta":
                     return ""
                 total = value.detach().contiguous().view(_INTEGERS[value.element_size()]).sum(dtype=torch.int64)
                 digest.update(f"{name}.{key} {tuple(value.shape)} {int(total)}\n".encode())
     return digest.hexdigest()
+
+
+def _settings_of(part: Any) -> dict[str, Any]:
+    """A component's kind and configuration without private keys, of which one is a set's list, in another order in every process."""
+    config = part.config if isinstance(part.config, Mapping) else part.config.to_dict()
+    return {"kind": type(part).__name__} | {k: v for k, v in config.items() if not k.startswith("_")}
 
 
 def _opened(path: Path) -> Image.Image:
@@ -91,6 +104,7 @@ def _keep(images: Sequence[Image.Image], folder: Path) -> None:
         for i, image in enumerate(images):
             image.save(temporary / f"{i}.png")
         shutil.rmtree(folder, ignore_errors=True)  # what is damaged
-        temporary.rename(folder)
+        with contextlib.suppress(FileExistsError):  # somebody else has just kept the same
+            temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -128,7 +128,9 @@ def _load_single_file(path: Path, dtype: torch.dtype, prediction: str | None) ->
     components = dict(FAMILIES[family])
     predicts = prediction or _predicts(family, path, metadata, "v_pred" in shapes)
     components["scheduler"] = {**components["scheduler"], "prediction_type": predicts}
-    if "ztsnr" in shapes:  # beside "v_pred": learned down to no signal at all (arXiv 2305.08891)
+    if (
+        "ztsnr" in shapes and predicts == "v_prediction"
+    ):  # beside "v_pred": learned down to no signal at all (arXiv 2305.08891)
         components["scheduler"] |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     side = metadata.get("modelspec.resolution", "").partition("x")[0]
     if family == "stable-diffusion-v2" and (side == "512" or (predicts == "epsilon" and not side)):

@@ -24,7 +24,7 @@ from infusion.errors import InfusionError
 from infusion.features import FeatureFigures, Features, feature_figures, left_out
 from infusion.generation import Picture, Progress, denoiser, generate, of_each
 from infusion.judged import JudgedFigures, judged_figures
-from infusion.lesson import Lesson, encode_pictures, prepare_lesson
+from infusion.lesson import Lesson, check_noise, encode_pictures, prepare_lesson
 from infusion.methods.interface import Adapter, rebuilt
 from infusion.metrics.estimate import Estimate, bootstrap, paired
 from infusion.metrics.fisher import FisherDivergence, divergence, predicted_noise
@@ -150,6 +150,7 @@ def evaluate(
     Raises InfusionError for an adapter of another base.
     """
     config, told = config or EvaluateConfig(), progress or (lambda *_: None)
+    check_noise(pipe)
     solver = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe = rebuilt(pipe, scheduler=solver)
     texts, seeds = of_each(config.prompts, config.seeds, config.seed)

@@ -161,10 +161,7 @@ def prepare_lesson(
         )
     if pipe.tokenizer is None:
         raise InfusionError("This base has no tokenizer of its own; learn on a text-to-image base, not on a refiner.")
-    if "beta_schedule" not in pipe.scheduler.config or pipe.vae.config.get("latents_mean") is not None:
-        raise InfusionError(
-            f"This base draws with {type(pipe.scheduler).__name__} and its autoencoder's own scale; learning knows Stable Diffusion's noise, not EDM's or a flow's."
-        )
+    check_noise(pipe)
     noise = DDPMScheduler.from_config(pipe.scheduler.config)
     if noise.config["prediction_type"] not in ("epsilon", "v_prediction"):
         raise InfusionError(
@@ -178,6 +175,14 @@ def prepare_lesson(
     masks = torch.ones_like(latents[:, 0])
     lesson = Lesson(name, word, pictures, latents, masks, tuple(templates), texts, noise)
     return replace(lesson, masks=_masks(lesson, unet, photos)) if masked else lesson
+
+
+def check_noise(pipe: DiffusionPipeline) -> None:
+    """Raise InfusionError for a base whose noise or latents are not Stable Diffusion's. To be asked before its scheduler is replaced."""
+    if "beta_schedule" not in pipe.scheduler.config or pipe.vae.config.get("latents_mean") is not None:
+        raise InfusionError(
+            f"This base draws with {type(pipe.scheduler).__name__} and its autoencoder's own scale; Infusion knows Stable Diffusion's noise, not EDM's or a flow's."
+        )
 
 
 def _masks(lesson: Lesson, unet: nn.Module, photos: Sequence[Photo]) -> Tensor:

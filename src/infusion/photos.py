@@ -44,11 +44,13 @@ def load_photos(source: str | Path | Sequence[Image.Image | Photo | str | Path])
     folder = Path(source)
     if not folder.is_dir():
         raise InfusionError(f"There is no folder {str(folder)!r}; give a folder with 3 to 6 pictures of one subject.")
-    if unread := sorted(p.name for p in folder.iterdir() if p.suffix.lower() in UNREAD):
+    pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    read = {p.stem.lower() for p in pictures}  # a phone's picture beside what it was turned into is no loss
+    unread = [p.name for p in folder.iterdir() if p.suffix.lower() in UNREAD and p.stem.lower() not in read]
+    if unread := sorted(name for name in unread if not name.startswith(".")):
         raise InfusionError(
             f"{str(folder)!r} holds {unread[0]!r}{f' and {len(unread) - 1} more' if unread[1:] else ''}, of a format that is not read; turn it into PNG or JPEG, or move it away."
         )
-    pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
     files = [p for p in pictures if not p.stem.lower().endswith(MASK_SUFFIX)]
     _check_masks(pictures, {p.stem.lower() for p in files})
     if not files:

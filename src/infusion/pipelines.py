@@ -140,8 +140,10 @@ class _Session:
     """Everything attached to one UNet."""
 
     open: ClassVar[dict[int, _Session]] = {}  # id of the UNet -> its session, as long as something is attached
-    # What was encoded, and where concepts stand in it, by UNet: known in later sessions too, as long as the states are alive.
-    encoded: ClassVar[WeakKeyDictionary[nn.Module, list[tuple[weakref.ref[Tensor], Rows]]]] = WeakKeyDictionary()
+    # What was encoded, where concepts stand in it and for which class words, by UNet: known in later sessions too, as long as the states are alive.
+    encoded: ClassVar[WeakKeyDictionary[nn.Module, list[tuple[weakref.ref[Tensor], Rows, dict[str, str]]]]] = (
+        WeakKeyDictionary()
+    )
 
     def __init__(self, unet: nn.Module) -> None:
         self.unet = unet
@@ -247,9 +249,10 @@ class _Session:
         given = call.arguments
         if given.get("prompt_embeds") is None and isinstance(result[0], Tensor):
             alive = [e for e in self.encoded.get(self.unet, []) if e[0]() is not None]
-            self.encoded[self.unet] = [*alive, (weakref.ref(result[0]), rows)]
+            self.encoded[self.unet] = [*alive, (weakref.ref(result[0]), rows, self._words())]
         if isinstance(result[0], Tensor):  # a call without a concept has a plan too: it may run inside one that has
-            self.begun(pipe, Plan(rows or ((),) * len(result[0]), result[0], given.get("do_classifier_free_guidance")))
+            carried = tuple(self._weighted(row) for row in rows) or ((),) * len(result[0])
+            self.begun(pipe, Plan(carried, result[0], given.get("do_classifier_free_guidance")))
         return result
 
     def _encoded(
@@ -257,7 +260,7 @@ class _Session:
     ) -> tuple[Any, Rows]:
         """What the pipeline's own method makes of the prompt without names, and the mentions of its rows."""
         given = call.arguments
-        words = {name: c.word for a in self.attachments for name, c in a.concepts.items()}
+        words = self._words()
         for key in ("negative_prompt", "negative_prompt_2"):
             for text in _as_list(given.get(key)):
                 refuse_in_negative(text, words)
@@ -276,20 +279,31 @@ class _Session:
         for key, texts in (("prompt", parsed), ("prompt_2", parsed_2)):
             if given.get(key) is not None:
                 given[key] = texts[0].text if isinstance(given[key], str) else [p.text for p in texts]
-        rows = tuple(self._weighted(p.mentions) for p in parsed for _ in range(copies))
-        return stock(), rows
+        return stock(), tuple(p.mentions for p in parsed for _ in range(copies))
 
     def _rows_of(self, states: Tensor) -> Rows:
-        """The rows of states that were encoded here; others carry no concept. Raises InfusionError for one that is detached by now."""
-        alive = [(ours, rows) for ref, rows in self.encoded.get(self.unet, []) if (ours := ref()) is not None]
-        rows = next((rows for ours, rows in alive if ours is states), None)
-        if rows is None:
-            _warn_of_copies(alive, states)
+        """The rows of states that were encoded here; others carry no concept. Raises InfusionError for one that is detached by now, or another
+        of that name."""
+        known = self.encoded.get(self.unet, [])
+        alive = [(ours, rows, words) for ref, rows, words in known if (ours := ref()) is not None]
+        found = next(((rows, words) for ours, rows, words in alive if ours is states), None)
+        if found is None:
+            _warn_of_copies([(ours, rows) for ours, rows, _ in alive], states)
             return ()
-        attached = {name for a in self.attachments for name in a.concepts}
-        if gone := sorted({m.name for row in rows for m in row} - attached):
-            raise InfusionError(f"prompt_embeds were encoded with <{gone[0]}>, which is detached; attach it again.")
+        rows, words = found
+        attached = self._words()
+        for name in sorted({m.name for row in rows for m in row}):
+            if name not in attached:
+                raise InfusionError(f"prompt_embeds were encoded with <{name}>, which is detached; attach it again.")
+            if attached[name] != words[name]:
+                raise InfusionError(
+                    f"prompt_embeds were encoded with <{name}> for {words[name]!r}, which stands for {attached[name]!r} by now; encode the prompt again."
+                )
         return rows
+
+    def _words(self) -> dict[str, str]:
+        """The class word that each attached name stands for."""
+        return {name: c.word for a in self.attachments for name, c in a.concepts.items()}
 
     def _refresh(self) -> None:
         """Later attachments go before earlier ones of the same name."""

@@ -154,8 +154,8 @@ class Streams:
         self.residuals: dict[str, Mapping[str, Tensor]] = {}  # concept name -> path -> residual
         self.two_streams = True
         self.plans: list[Plan] = []  # those in force, the innermost last
-        self.met: WeakSet[Plan] = WeakSet()  # those that a UNet call followed
-        self.strayed: WeakSet[Plan] = WeakSet()  # those met of which a later call brought other text states
+        self.met: WeakKeyDictionary[Plan, int] = WeakKeyDictionary()  # those that a UNet call followed, and its rows
+        self.strayed: WeakSet[Plan] = WeakSet()  # those met of which a later call as large brought other text states
         self.mode: Mode = "joint"
         self.recorded: dict[
             str, tuple[Tensor, Tensor]
@@ -282,7 +282,7 @@ class Streams:
             if any(chunks):
                 return self._following(plan, chunks, states)
         innermost = self.plans[-1] if self.plans else None
-        if innermost and innermost in self.met and states.shape[1:] == innermost.states.shape[1:]:
+        if innermost and self.met.get(innermost) == batch and states.shape[1:] == innermost.states.shape[1:]:
             self.strayed.add(innermost)
         return None
 
@@ -297,7 +297,7 @@ class Streams:
             )
         if not chunks[-1]:
             return None
-        self.met.add(plan)
+        self.met[plan] = batch
         return self._make_call(plan, batch - n, batch, states)
 
     def _make_call(self, plan: Plan, offset: int, batch: int, states: Tensor) -> _Call:

@@ -73,6 +73,8 @@ def test_a_difference_of_rates_has_a_width_where_neither_hits():
     alike, apart = paired_rates(some, some), paired_rates(some, some.flip(0))
     assert alike.value == apart.value == 0
     assert alike.high < apart.high  # pictures that agree tell more
+    half = torch.arange(20) < 10
+    assert paired_rates(half, half).high > 0.05
     against = paired_rates(none, some)
     forth = paired_rates(some, none)
     assert (against.low, against.high) == pytest.approx((-forth.high, -forth.low))

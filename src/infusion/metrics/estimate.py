@@ -91,7 +91,11 @@ def paired_rates(a: Tensor, b: Tensor) -> Estimate:
     p, q = rate(x), rate(y)
     both, one, other, none = (float(part.sum()) for part in (x & y, x & ~y, ~x & y, ~x & ~y))
     margins = (both + one) * (other + none) * (both + other) * (one + none)
-    phi = (both * none - one * other) / margins**0.5 if margins else 0.0
+    agree = both * none - one * other
+    agree = (
+        max(0.0, agree - len(x) / 2) if agree > 0 else agree
+    )  # his correction, without which full agreement has no width
+    phi = agree / margins**0.5 if margins else 0.0
 
     def reach(up: float, down: float) -> float:
         return max(0.0, up**2 - 2 * phi * up * down + down**2) ** 0.5

@@ -314,9 +314,10 @@ def main() -> None:
     parser.add_argument("--families", type=int, default=256, help=f"of {VIEWS} pictures each; 64 take some minutes")
     parser.add_argument("--seed", type=int, required=True, help="one that no training and no choice was made on")
     args = parser.parse_args()
-    for _ in build_families(args.folder, args.families, args.seed, strict=True):
+    drawn = args.folder / f"families-{args.seed}"  # of another seed they are others
+    for _ in build_families(drawn, args.families, args.seed, strict=True):
         pass
-    figures = all_figures(load_judge(), load_families(args.folder), shipped_autoencoder().requires_grad_(False))
+    figures = all_figures(load_judge(), load_families(drawn), shipped_autoencoder().requires_grad_(False))
     (args.folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     (args.folder / "README.md").write_text(judge_card(read_trainings(), figures, SHIPPED))
 
