@@ -58,8 +58,8 @@ def test_what_a_file_tells_of_its_training(pipe, photos, tmp_path):
     config = LearnConfig(steps=2, batch=2, layers=("mid", "up_blocks.0"))
     learned = infusion.learn(pipe, folder, "dog", "milo", config)
     assert learned.settings == {
-        "steps": 2, "batch": 2, "learning_rate": 0.02, "flip": True, "masked": True, "two_streams": True, "seed": 0,
-        "layers": "mid up_blocks.0",
+        "steps": 2, "batch": 2, "learning_rate": LearnConfig.learning_rate, "strength": LearnConfig.strength, "flip": True,
+        "masked": True, "two_streams": True, "seed": 0, "layers": "mid up_blocks.0",
     }  # fmt: skip
     content = learned.to_bytes()
     assert not any(word in content for word in (b"secret", b"private", str(tmp_path).encode(), b"photo"))
@@ -161,6 +161,18 @@ def test_a_scheme_changes_the_grid_and_not_the_learning(pipe, photos):
     assert fine.to_bytes("fp32") != coarse.to_bytes("fp32")
     with pytest.raises(InfusionError, match="scheme is 'int4'; use one of q6, fp16, fp32"):
         LearnConfig(scheme="int4")
+
+
+def test_a_concept_holds_a_share_of_what_was_learned(pipe, photos):
+    whole, part = (
+        infusion.learn(pipe, photos, "dog", "milo", LearnConfig(steps=3, batch=2, scheme="fp32", strength=s))
+        for s in (1.0, 0.25)
+    )
+    assert all(torch.equal(part.residuals[path], 0.25 * learned) for path, learned in whole.residuals.items())
+    with infusion.attach(pipe, whole, strength={"milo": 0.25}):
+        expected = latents(pipe, "a photo of <milo>")
+    with infusion.attach(pipe, part):
+        assert torch.allclose(latents(pipe, "a photo of <milo>"), expected, atol=1e-4)
 
 
 def test_learning_and_drawing_with_offloaded_weights(pipe, photos):
@@ -266,6 +278,8 @@ def test_bad_settings(pipe, photos):
         ({"steps": 0}, "steps is 0"),
         ({"batch": -1}, "batch is -1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"strength": 0.0}, "strength is 0.0; it must lie above 0"),
+        ({"strength": 1.5}, "strength is 1.5; it must lie above 0"),
     ):
         with pytest.raises(InfusionError, match=message):
             LearnConfig(**change)

@@ -74,7 +74,15 @@ def train(
     batch: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option("--lr", "--learning-rate", help="Learning rate, 0.01 to 0.03; 0.02 if not given."),
+        typer.Option(
+            "--lr",
+            "--learning-rate",
+            help="Learning rate; 0.2 if not given, 0.01 to 0.03 in the paper at --strength 1.",
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Share of what was learned that the file holds; 0.5 if not given, 1 in the paper."),
     ] = None,
     flip: Annotated[bool, typer.Option(help="Learn from mirror images too; --no-flip for asymmetric subjects.")] = True,
     mask: Annotated[bool, typer.Option(help="Count only the subject; --no-mask counts the whole picture.")] = True,
@@ -115,7 +123,7 @@ def train(
         from infusion.training import LearnConfig
 
         steer = SteerConfig(every=evaluate_every or (50 if stop_when_overfit else 0), stop=stop_when_overfit)
-        given = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
+        given = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "strength": strength}
         config = LearnConfig(
             flip=flip,
             masked=mask,

@@ -36,14 +36,17 @@ class LearnConfig:
     """How a concept is learned.
 
     steps x batch samples are seen; the authors' 500 x 16 = 8,000 is ample, this default fits 90 s on 2 CPU cores.
-    learning_rate: 0.01 (SD1.5) to 0.03 (SD2.1) in the authors' code, 0.02 is best on the embedded base. two_streams=False is the single-stream
-    ablation. layers: substrings of module paths that get a residual; empty means all. scheme: of the file whose
+    learning_rate: 0.01 (SD1.5) to 0.03 (SD2.1) in the authors' code, at full strength. strength: the share of what was learned that the
+    concept holds. Guidance multiplies it in drawing, which no photo taught; learned fast and held in part, a concept of the embedded base is
+    liker, follows prompts and keeps its class better than learned slowly and held whole (docs/benchmark-search.md). two_streams=False is the
+    single-stream ablation. layers: substrings of module paths that get a residual; empty means all. scheme: of the file whose
     grid the returned values are on ("q6", "fp16" or "fp32"); learning itself is the same.
     """
 
     steps: int = 200
     batch: int = 8
-    learning_rate: float = 0.02
+    learning_rate: float = 0.2
+    strength: float = 0.5
     flip: bool = True
     masked: bool = True
     two_streams: bool = True
@@ -60,6 +63,8 @@ class LearnConfig:
             raise InfusionError(
                 f"learning_rate is {self.learning_rate}; it must lie between 0 and 10, usually 0.01 to 0.03."
             )
+        if not 0 < self.strength <= 1:
+            raise InfusionError(f"strength is {self.strength}; it must lie above 0 and be at most 1, usually 0.5 or 1.")
         if self.scheme not in SCHEMES:
             raise InfusionError(f"scheme is {self.scheme!r}; use one of {', '.join(SCHEMES)}.")
 
@@ -205,9 +210,10 @@ def _zeros(pipe: DiffusionPipeline, layers: Sequence[str]) -> dict[str, Tensor]:
 def _concept(
     lesson: Lesson, residuals: Mapping[str, Tensor], config: LearnConfig, step: int, base: BaseInfo
 ) -> Concept:
-    """What is learned by now, on its file's grid."""
+    """What is learned by now, at the strength that is held, on its file's grid."""
     settings = {**_plain(config), "steps": step, "flip": lesson.flipped, "masked": lesson.masked}
-    return Concept(lesson.name, lesson.word, _on_cpu(residuals), settings, base).on_grid(config.scheme)
+    held = {path: config.strength * learned for path, learned in _on_cpu(residuals).items()}
+    return Concept(lesson.name, lesson.word, held, settings, base).on_grid(config.scheme)
 
 
 def _on_cpu(residuals: Mapping[str, Tensor]) -> dict[str, Tensor]:
