@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from infusion.world.judge import (
     beliefs,
     centre,
     evidence,
+    judge_digest,
     look,
     peaks,
 )
@@ -36,6 +40,7 @@ from infusion.world.judge_figures import (
     training_of,
     twin_pairs,
 )
+from infusion.world.judge_figures import main as judge_figures
 from infusion.world.judge_lessons import Labels, corrupt, heat_targets, labels_of, mirrored, warp
 from infusion.world.judge_training import JudgeConfig, judge_losses, train_judge, twin_loss
 from infusion.world.models import build_autoencoder, pixels_to_tensor
@@ -420,3 +425,16 @@ def test_training_learns_and_resumes(data, tmp_path):
     assert "1,080 pictures seen" in card
     assert "8 min beside" in card
     assert "1 min on an abacus" in card
+
+
+def test_the_shipped_judge_is_examined_by_one_command(tmp_path, monkeypatch):
+    monkeypatch.setattr("infusion.world.judge_figures.build_families", partial(build_families, workers=1))
+    for seed in ("5", "6"):
+        arguments = ["judge_figures", "--folder", str(tmp_path), "--families", "2", "--seed", seed]
+        monkeypatch.setattr(sys, "argv", arguments)
+        judge_figures()
+        figures = json.loads((tmp_path / "figures.json").read_text())
+        assert figures["clean"]["pictures"] == 2 * VIEWS
+        assert judge_digest() in (tmp_path / "README.md").read_text()
+    five, six = (load_families(tmp_path / f"families-{seed}").pixels for seed in (5, 6))
+    assert not np.array_equal(five, six)
