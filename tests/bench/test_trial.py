@@ -26,8 +26,8 @@ def guess():
 @pytest.mark.parametrize("label", ["class-word", "infusion", "dreambooth-prior", "perfusion"])
 def test_a_job(label, guess, monkeypatch):
     monkeypatch.setattr(trial, "load_judge", lambda: guess)
-    prior = {"methods.dreambooth-prior.prior": 2, "methods.dreambooth-prior.strengths": [1.0, 0.5]}
-    settings = prior if label == "dreambooth-prior" else {}
+    settings: dict[str, object] = {"methods.dreambooth-prior.prior": 2}
+    settings |= {f"methods.{drawn_in_part}.strengths": [1.0, 0.5] for drawn_in_part in ("infusion", "dreambooth-prior")}
     (job,) = jobs(load_grid(None, SMALL | settings), (label,))
     record = json.loads(json.dumps(trial.run_job(job, threads=torch.get_num_threads()), allow_nan=False))
     drawn = [(p["step"], p["strength"]) for p in record["points"]]

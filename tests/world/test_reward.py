@@ -149,7 +149,7 @@ def test_drawings_are_the_pipelines(networks):
     ids = pipe.tokenizer(prompts, padding="max_length", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         *way, (last, drawn) = trajectory(text, unet, ids, noise, SMALL)
-    assert torch.allclose(drawn, expected, atol=1e-5)
+    assert torch.allclose(drawn, expected, atol=1e-4)  # other memory layouts, other kernels
     assert [t for t, _ in way] == pipe.scheduler.timesteps.tolist()
     assert last == 0
     assert torch.equal(no_prompt(ids), pipe.tokenizer([""], padding="max_length", return_tensors="pt")["input_ids"])
