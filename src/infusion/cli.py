@@ -77,12 +77,12 @@ def train(
         typer.Option(
             "--lr",
             "--learning-rate",
-            help="Learning rate; 0.2 if not given, 0.01 to 0.03 in the paper at --strength 1.",
+            help="Learning rate, 0.01 to 0.03; 0.02 if not given.",
         ),
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="Share of what was learned that the file holds; 0.5 if not given, 1 in the paper."),
+        typer.Option(help="Share of what was learned that the file holds; 1 if not given."),
     ] = None,
     flip: Annotated[bool, typer.Option(help="Learn from mirror images too; --no-flip for asymmetric subjects.")] = True,
     mask: Annotated[bool, typer.Option(help="Count only the subject; --no-mask counts the whole picture.")] = True,

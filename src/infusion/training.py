@@ -36,17 +36,17 @@ class LearnConfig:
     """How a concept is learned.
 
     steps x batch samples are seen; the authors' 500 x 16 = 8,000 is ample, this default fits 90 s on 2 CPU cores.
-    learning_rate: 0.01 (SD1.5) to 0.03 (SD2.1) in the authors' code, at full strength. strength: the share of what was learned that the
-    concept holds. Guidance multiplies it in drawing, which no photo taught; learned fast and held in part, a concept of the embedded base is
-    liker, follows prompts and keeps its class better than learned slowly and held whole (docs/benchmark-search.md). two_streams=False is the
-    single-stream ablation. layers: substrings of module paths that get a residual; empty means all. scheme: of the file whose
+    learning_rate: 0.01 (SD1.5) to 0.03 (SD2.1) in the authors' code. strength: the share of what was learned that the concept holds; guidance
+    multiplies it in drawing, which no photo taught. Learned at 0.2 and held by half, a concept of the embedded base is liker than at 0.02
+    held whole, but stands where its photos had it wherever a prompt leaves the place open (docs/benchmark-search.md). two_streams=False is
+    the single-stream ablation. layers: substrings of module paths that get a residual; empty means all. scheme: of the file whose
     grid the returned values are on ("q6", "fp16" or "fp32"); learning itself is the same.
     """
 
     steps: int = 200
     batch: int = 8
-    learning_rate: float = 0.2
-    strength: float = 0.5
+    learning_rate: float = 0.02
+    strength: float = 1.0
     flip: bool = True
     masked: bool = True
     two_streams: bool = True
