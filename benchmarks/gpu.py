@@ -88,7 +88,7 @@ def main(
     if photos:
         start = time.perf_counter()
         learned = infusion.learn(
-            pipe, lesson, word, "milo", infusion.LearnConfig(steps=400, batch=batch, learning_rate=0.01, strength=1.0)
+            pipe, lesson, word, "milo", infusion.LearnConfig(steps=400, batch=batch, learning_rate=0.01)
         )
         result["learned"] = {"seconds": time.perf_counter() - start, "bytes": len(learned.to_bytes())}
         learned.save(out.with_suffix(".safetensors"))

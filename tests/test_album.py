@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +79,17 @@ def test_damaged_pictures_are_drawn_again(ask, tmp_path):
     picture.write_bytes(picture.read_bytes()[:30])
     assert ask()[1]
     assert not ask()[1]
+
+
+def test_whoever_keeps_the_same_second_says_nothing(ask, tmp_path, monkeypatch):
+    """The folder is there again between being taken away and the renaming."""
+    ask()
+    (picture,) = (tmp_path / "album").glob("*/1.png")
+    picture.write_bytes(b"")
+    monkeypatch.setattr("infusion.album.shutil.rmtree", lambda path, **_: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ask()[1]
 
 
 def test_an_album_that_cannot_be_written_costs_time_only(ask, tmp_path):

@@ -58,8 +58,8 @@ def test_what_a_file_tells_of_its_training(pipe, photos, tmp_path):
     config = LearnConfig(steps=2, batch=2, layers=("mid", "up_blocks.0"))
     learned = infusion.learn(pipe, folder, "dog", "milo", config)
     assert learned.settings == {
-        "steps": 2, "batch": 2, "learning_rate": LearnConfig.learning_rate, "strength": LearnConfig.strength, "flip": True,
-        "masked": True, "two_streams": True, "seed": 0, "layers": "mid up_blocks.0",
+        "steps": 2, "batch": 2, "learning_rate": 0.02, "strength": 1.0, "flip": True, "masked": True, "two_streams": True, "seed": 0,
+        "layers": "mid up_blocks.0",
     }  # fmt: skip
     content = learned.to_bytes()
     assert not any(word in content for word in (b"secret", b"private", str(tmp_path).encode(), b"photo"))

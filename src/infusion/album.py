@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -54,7 +53,7 @@ def kept(
     try:
         images = [_opened(folder / f"{i}.png") for i in range(len(prompts))]
         return [Picture(*made) for made in zip(images, prompts, seeds, strict=True)]
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError):  # not there, or damaged
+    except (OSError, SyntaxError, ValueError):  # not there, or damaged
         pictures = draw()
     try:
         _keep([p.image for p in pictures], folder)
@@ -104,7 +103,10 @@ def _keep(images: Sequence[Image.Image], folder: Path) -> None:
         for i, image in enumerate(images):
             image.save(temporary / f"{i}.png")
         shutil.rmtree(folder, ignore_errors=True)  # what is damaged
-        with contextlib.suppress(FileExistsError):  # somebody else has just kept the same
+        try:
             temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else somebody has just kept the same
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -288,7 +288,7 @@ class _Session:
         alive = [(ours, rows, words) for ref, rows, words in known if (ours := ref()) is not None]
         found = next(((rows, words) for ours, rows, words in alive if ours is states), None)
         if found is None:
-            _warn_of_copies([(ours, rows) for ours, rows, _ in alive], states)
+            _warn_of_copies([(ours, rows) for ours, rows, _ in alive if any(rows)], states)
             return ()
         rows, words = found
         attached = self._words()

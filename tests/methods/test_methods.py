@@ -144,7 +144,7 @@ def test_a_strength_is_for_drawing_alone(pipe, lesson):
     for strength in (1.0, 0.5, 0.0):
         with replace(last.adapter, strength=strength).attached(pipe):
             drawn.append(latents(pipe, f"a photo of {last.adapter.subject}"))
-    assert last.adapter.concept.settings["strength"] == LearnConfig.strength  # of what was learned, not of the drawing
+    assert last.adapter.concept.settings["strength"] == 1.0  # of what was learned, not of the drawing
     with attach(pipe, last.adapter.concept):
         assert torch.equal(latents(pipe, "a photo of a <milo>"), drawn[0])
         assert torch.equal(latents(pipe, "a photo of a <milo:0.5>"), drawn[1])
@@ -154,8 +154,7 @@ def test_a_strength_is_for_drawing_alone(pipe, lesson):
 
 def test_residuals_on_values_alone_are_the_single_stream(pipe, lesson):
     ours = [s.adapter.tensors() for s in key_value(pipe, lesson, KeyValueConfig(3, 2, on="v"))][-1]
-    whole = LearnConfig(3, 2, KeyValueConfig.learning_rate, strength=1.0, two_streams=False, scheme="fp32")
-    single = [s.adapter.tensors() for s in infusion(pipe, lesson, whole)]
+    single = [s.adapter.tensors() for s in infusion(pipe, lesson, LearnConfig(3, 2, two_streams=False, scheme="fp32"))]
     for path, residual in single[-1].items():
         assert torch.allclose(ours[f"{path}.to_v"], residual, atol=1e-6), path
 
