@@ -19,7 +19,7 @@ from infusion.evaluation_report import write_report
 from infusion.judged import JudgedFigures
 from infusion.methods.dreambooth import TunedUNet
 from infusion.metrics.estimate import Estimate
-from infusion.metrics.leaks import leak
+from infusion.metrics.leaks import leak, pull
 from infusion.photos import Photo
 from tests.conftest import latents, random_concept
 
@@ -108,15 +108,19 @@ def test_verdicts(pipe, photos):
     assert "vary less than the base's cannot be told" in few[2]
 
 
-def test_a_leak_that_the_judge_sees_is_in_the_verdict(pipe, photos):
+def test_what_the_judge_sees_come_back_is_in_the_verdict(pipe, photos):
     figures = evaluate(pipe, ConceptAdapter("<milo>", random_concept(pipe.unet)), photos, "dog", CONFIG).figures
     shown = (["left"] * 15 + ["right"] * 5, ["right"] * 20)
     leaks = {"position": leak(*shown, ["right"] * 20, "left"), "style": leak(["a"] * 20, ["a"] * 20, ["b"] * 20, "a")}
-    said = verdict(replace(figures, judged=JudgedFigures(None, None, None, None, None, None, leaks)))
+    pulls = {"position": pull(*shown, [None] * 20, "right"), "style": pull(*shown, [None] * 20, "left")}
+    said = verdict(replace(figures, judged=JudgedFigures(None, None, None, None, None, None, leaks, pulls)))
     assert said[2].startswith(
         "By the judge the photos' position comes back where another was asked for: in 75% of such"
     )
-    assert len(said) == 4
+    assert said[3] == (
+        "By the judge the photos' style comes back where that was left open: in 75% of such pictures, in 0% of the base's."
+    )
+    assert len(said) == 5
 
 
 def test_the_bases_pictures_are_drawn_once_for_a_class(pipe, photos, tmp_path):

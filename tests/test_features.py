@@ -153,6 +153,8 @@ def test_judged_figures():
     assert found.leaks["background"].base.value == 0.5
     assert found.leaks["background"].unread == 1
     assert found.leaks["position"].custom.value == 0
+    assert found.pulls.keys() == {"position"}  # every prompt names a background and a style
+    assert (found.pulls["position"].custom.n, found.pulls["position"].unread) == (1, 1)  # the third shows nothing
 
 
 def test_a_sketch_is_not_asked_for_colours():

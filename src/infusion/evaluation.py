@@ -227,9 +227,10 @@ def verdict(f: Figures) -> tuple[str, ...]:
         said.append(_untold("it repeats its background", f.background_above, 1, f.pictures))
     if f.judged:
         said += [
-            f"By the judge the photos' {name} comes back where another was asked for: in {leaked.custom.value:.0%} of such pictures, in {leaked.base.value:.0%} of the base's."
-            for name, leaked in f.judged.leaks.items()
-            if leaked.above.low > 0
+            f"By the judge the photos' {name} comes back where {prompt}: in {found.custom.value:.0%} of such pictures, in {found.base.value:.0%} of the base's."
+            for prompt, each in (("another was asked for", f.judged.leaks), ("that was left open", f.judged.pulls))
+            for name, found in each.items()
+            if found.above.low > 0
         ]
     scale = f.variety_base.value or 1.0
     loss = f.variety_above.value / scale

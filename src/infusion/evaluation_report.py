@@ -106,10 +106,11 @@ def _feature_facts(f: Figures) -> list[tuple[str, str]]:
             ]
         facts += [
             (
-                f"Judge: the photos' {name} where another was asked for, above the base's",
-                f"{leaked.above}; {leaked.custom} by the adapter, {leaked.base} by the base; {leaked.unread} not read",
+                f"Judge: the photos' {name} where {prompt}, above the base's",
+                f"{found.above}; {found.custom} by the adapter, {found.base} by the base; {found.unread} not read",
             )
-            for name, leaked in j.leaks.items()
+            for prompt, each in (("another was asked for", j.leaks), ("that was left open", j.pulls))
+            for name, found in each.items()
         ]
     return facts
 

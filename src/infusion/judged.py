@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from infusion.metrics.estimate import Estimate, bootstrap, paired
-from infusion.metrics.leaks import Leak, leak
+from infusion.metrics.leaks import Leak, leak, pull
 from infusion.world.judge import Judge, Reading
 from infusion.world.questions import asked_in, meant, shown
 from infusion.world.truth import ATTRIBUTES, COLORED, TEXT
@@ -24,7 +25,7 @@ class JudgedFigures:
     none is. attributes: mean share of the subject's colours (where the style asked for shows any), pattern and
     accessory, as the judge reads them from the photos, that a picture shows too. text: share of background, style and position asked for that are
     there. Each with the paired difference to the base. leaks: how often the photos' own comes back where another was asked
-    for; only what most photos share is looked for."""
+    for; pulls: where that was left open; only what most photos share is looked for."""
 
     likeness: Estimate | None
     likeness_above: Estimate | None
@@ -33,6 +34,7 @@ class JudgedFigures:
     text: Estimate | None
     text_above: Estimate | None
     leaks: dict[str, Leak]
+    pulls: dict[str, Leak]
 
 
 def judged_figures(
@@ -55,16 +57,15 @@ def judged_figures(
     ]
     right = [[_share(shown(r, kind), v) for r, v in zip(part, visible, strict=True)] for part in (ours, theirs)]
     follows = [[_share(shown(r, kind), a) for r, a in zip(part, asked, strict=True)] for part in (ours, theirs)]
-    leaks = {}
+    leaks: dict[str, Leak] = {}
+    pulls: dict[str, Leak] = {}
     for name in TEXT:
-        trained = common[name]
-        wanted = [a.get(name) for a in asked]
-        if trained and any(w not in (None, trained) for w in wanted):
-            try:
-                leaks[name] = leak(*([shown(r, kind)[name] for r in part] for part in (ours, theirs)), wanted, trained)
-            except ValueError:  # no picture of these could be read
-                continue
-    return JudgedFigures(*_both(like), *_both(right), *_both(follows), leaks)
+        shows = [[shown(r, kind)[name] for r in part] for part in (ours, theirs)]
+        for found, measure in ((leaks, leak), (pulls, pull)):
+            if common[name]:
+                with suppress(ValueError):  # no prompt is of that kind, or no picture of those could be read
+                    found[name] = measure(*shows, [a.get(name) for a in asked], common[name])
+    return JudgedFigures(*_both(like), *_both(right), *_both(follows), leaks, pulls)
 
 
 def _both(shares: Sequence[Sequence[float | None]]) -> tuple[Estimate | None, Estimate | None]:

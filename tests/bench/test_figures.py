@@ -58,11 +58,20 @@ def test_leaks_are_above_the_base():
     assert rates(record("x", [{"background": None}, {"background": None}]), "background") is None
 
 
+def test_pulls_are_above_the_base():
+    centre = record("x", [{"position": "center"}, {"position": "center"}])
+    f = point_figures(centre, centre["points"][0], FLOOR["points"][0])
+    assert (f["leak_position"], f["leak_position_n"]) == (1, 1)  # the first was asked for the left
+    assert (f["pull_position"], f["pull_position_n"], f["pull_position_hits"]) == (1, 1, 1)  # the second for no place
+
+
 def test_figures_of_a_point():
     f = point_figures(LEAKY, LEAKY["points"][0], FLOOR["points"][0])
     assert f["text"] == pytest.approx((0 + 0.5 + 0) / 3)
     assert f["text_beside_base"] == pytest.approx(1 / 6 - 1)
     assert f["leak_background"] == 1
+    assert (f["pull_position"], f["pull_position_n"]) == (0, 1)  # the sketch's place is open, and stays the base's
+    assert f["pull_background"] is None  # every prompt names one
     assert f["nearer_than_base"] == pytest.approx(0.2 - 0.1)
     assert f["prior_likeness_above"] == pytest.approx(0.4 - 0.2)
     assert "leak_background" not in point_figures(LEAKY, LEAKY["points"][0], None)

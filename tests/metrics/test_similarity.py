@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from infusion.metrics.leaks import leak
+from infusion.metrics.leaks import leak, pull
 from infusion.metrics.similarity import alignment, centroids, diversity, fidelity, nearest, preservation, spread
 
 
@@ -75,6 +75,18 @@ def test_a_leak_counts_only_prompts_that_asked_for_something_else():
         leak(["city"], ["city"], ["city"], "city")
     with pytest.raises(ValueError, match="1, 2 and 1 entries"):
         leak(["city"], ["city", "x"], ["beach"], "city")
+
+
+def test_a_pull_counts_only_prompts_that_left_it_open():
+    asked = [None, "meadow", None, None, "beach", None]
+    custom = ["meadow", "meadow", "snow", "meadow", "meadow", None]
+    base = ["meadow", "snow", "snow", "snow", "beach", "meadow"]
+    found = pull(custom, base, asked, trained="meadow")
+    assert (found.custom.value, found.base.value) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert found.above.value == pytest.approx(1 / 3)
+    assert (found.custom.n, found.unread) == (3, 1)
+    with pytest.raises(ValueError, match="left open where 'city'"):
+        pull(["city"], ["city"], ["city"], "city")
 
 
 def test_centroids_follow_the_heat_and_not_its_faint_rest():

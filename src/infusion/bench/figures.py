@@ -6,7 +6,7 @@ subjects (Student's), since pictures of one job share its training and jobs of o
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from infusion.world.truth import ATTRIBUTES, SCENE_HEADS, TEXT
 
 Record = Mapping[str, Any]
 Figures = dict[str, float | None]
+Measure = Callable[..., leaks.Leak]
 BySubject = dict[Hashable, dict[Hashable, Figures]]  # subject -> job -> figures
 
 
@@ -68,13 +69,15 @@ def coverage(record: Record, point: Mapping[str, Any], names: Sequence[str]) -> 
     return sum(heard) / len(heard) if heard else None
 
 
-def leak(record: Record, point: Mapping[str, Any], floor: Mapping[str, Any], name: str) -> leaks.Leak | None:
-    """How often the photos' `name` shows where another was asked for, beside `floor`, the base's own point of
-    the same prompts and seeds. Pictures that cannot be read in either do not count; None where none does."""
+def leak(
+    record: Record, point: Mapping[str, Any], floor: Mapping[str, Any], name: str, measure: Measure = leaks.leak
+) -> leaks.Leak | None:
+    """How often the photos' `name` shows where another was asked for or, with `leaks.pull` for `measure`, where that was left open, beside
+    `floor`, the base's own point of the same prompts and seeds. Pictures that cannot be read in either do not count; None where none does."""
     asked = [wanted(request)[name] for _, request in paired_requests(record, point)]
     ours, base = ([r[name] for r in p["readings"]] for p in (point, floor))
     try:
-        return leaks.leak(ours, base, asked, record["trained"][name])
+        return measure(ours, base, asked, record["trained"][name])
     except ValueError:
         return None
 
@@ -100,13 +103,14 @@ def point_figures(record: Record, point: Mapping[str, Any], floor: Mapping[str, 
         "variety": point.get("variety"),
     }
     if floor is not None:
-        for name in TEXT:
-            leaked = leak(record, point, floor, name)
-            figures[f"leak_{name}"] = leaked.above.value if leaked else None
-            figures[f"leak_{name}_n"] = leaked.custom.n if leaked else None
-            figures[f"leak_{name}_hits"] = (
-                round((leaked.custom.value + leaked.base.value) * leaked.custom.n) if leaked else None
-            )
+        for what, measure in (("leak", leaks.leak), ("pull", leaks.pull)):
+            for name in TEXT:
+                found = leak(record, point, floor, name, measure)
+                figures[f"{what}_{name}"] = found.above.value if found else None
+                figures[f"{what}_{name}_n"] = found.custom.n if found else None
+                figures[f"{what}_{name}_hits"] = (
+                    round((found.custom.value + found.base.value) * found.custom.n) if found else None
+                )
         for name, told_only in (("text", False), ("text_told", True)):
             value, base_value = figures[name], share(record, floor, TEXT, told_only)
             if value is not None and base_value is not None:

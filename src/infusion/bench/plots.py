@@ -14,7 +14,9 @@ from infusion.errors import InfusionError
 from infusion.sheets import contact_sheet
 
 PLOTS = (
+    ("leak_background", "background leak above the base's"),
     ("leak_position", "position leak above the base's"),
+    ("pull_position", "place pull above the base's, where the prompt leaves it open"),
     ("forgetting", "latent Fisher divergence, other prompts"),
     ("text", "text followed"),
     ("seconds", "seconds to learn"),
@@ -30,7 +32,7 @@ def plot(found: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, grid = plt.subplots(2, 2, figsize=(12.4, 8.4), constrained_layout=True)
+    figure, grid = plt.subplots(2, 3, figsize=(17, 8.4), constrained_layout=True)
     axes = grid.flatten()
     methods = list(dict.fromkeys(row.partition(" at ")[0] for row in found))  # as `row_label` names them
     colors = plt.get_cmap("tab10" if len(methods) <= 10 else "tab20")

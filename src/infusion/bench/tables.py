@@ -23,6 +23,7 @@ SHORT = (
     ("text_beside_base", "text beside the base", "pp"),
     ("leak_background", "background leak", "pp"),
     ("leak_position", "position leak", "pp"),
+    ("pull_position", "place pull", "pp"),
     ("forgetting", "LFD, other prompts", "e"),
 )
 EVERY = (
@@ -38,6 +39,7 @@ EVERY = (
     ("leak_background", "background leak", "pp"),
     ("leak_style", "style leak", "pp"),
     ("leak_position", "position leak", "pp"),
+    ("pull_position", "place pull", "pp"),
     ("forgetting", "LFD, other prompts", "e"),
     ("forgetting_class_word", "LFD, class word", "e"),
     ("prior_likeness_above", "PRES above base", ""),
@@ -55,6 +57,7 @@ BESIDE = (
     ("leak_background", "background leak", "pp"),
     ("leak_style", "style leak", "pp"),
     ("leak_position", "position leak", "pp"),
+    ("pull_position", "place pull", "pp"),
     ("variety", "variety", "pp"),
     ("forgetting", "LFD, other prompts", "e"),
 )
@@ -119,7 +122,7 @@ def page(
         "",
         "Subject fidelity: mean share of right first colour, second colour, pattern and accessory; what the judge cannot tell is wrong. Likeness: cosine of the judge's embedding to the photos' subject, where a subject is found. "
         "Text: background, style and place as asked, minus the base's own on the same prompts and seeds. "
-        "Leak: how often the photos' background or position comes back where another was asked for, above the base's rate on the same prompts and seeds. LFD: latent Fisher divergence, eps form. "
+        "Leak: how often the photos' background or position comes back where another was asked for, above the base's rate on the same prompts and seeds. Place pull: how often their position comes back where the prompt leaves it open, above the base's rate too. LFD: latent Fisher divergence, eps form. "
         "class-word and described learn nothing: the floor and what words alone can do.",
         "",
         *(line for label in _ours(records) for line in _beside(found, label)),
@@ -192,7 +195,7 @@ def _beside(found: dict, label: str) -> list[str]:
     lines = [
         f"## {label} beside the others",
         "",
-        f"The figure of {label} minus the other's on the same subjects, prompts and seeds, at the last point of both and, where another point of the other's has a fidelity nearer to that of {label}, at that one too; \"where told\" and leaks rest on what can be told in each. "
+        f"The figure of {label} minus the other's on the same subjects, prompts and seeds, at the last point of both and, where another point of the other's has a fidelity nearer to that of {label}, at that one too; \"where told\", leaks and pull rest on what can be told in each. "
         f"Of {count} comparisons one in twenty would leave out 0 by chance.",
         "",
         f"| {label} minus | {' | '.join(title for _, title, _ in columns)} | n |",
