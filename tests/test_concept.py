@@ -322,6 +322,8 @@ def test_bad_values(name, word, residuals, message):
         ({"note": None}, "finite numbers"),
         ({"note": "\x1b[31m"}, "finite numbers"),
         ({"\x1b[31m": 1}, "finite numbers"),
+        ({"max_timestep": 0}, "max_timestep is 0; it must be a whole number"),
+        ({"max_timestep": "650"}, "max_timestep is '650'; it must be a whole number"),
         ({"note": "x" * 2000}, "more than 1,024 bytes"),
     ],
 )

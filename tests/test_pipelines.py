@@ -99,6 +99,27 @@ def test_strength_by_prompt_and_by_argument_multiply(pipe, milo):
     assert torch.allclose(both, quarter, atol=1e-5)
 
 
+def test_a_limited_concept_leaves_early_steps_to_the_base(pipe, milo):
+    seen: dict[str, list] = {"a dog": [], "a <milo>": []}
+
+    def drawn(prompt, limit):
+        concept = dataclasses.replace(milo, settings={"max_timestep": limit})
+        steps = seen[prompt] = []
+        keep = lambda p, i, t, k: steps.append((int(t), k["latents"])) or {}  # noqa: E731
+        with infusion.attach(pipe, concept):
+            return pipe(prompt, generator=torch.Generator().manual_seed(1), num_inference_steps=6, output_type="latent",
+                        callback_on_step_end=keep).images  # fmt: skip
+
+    base = drawn("a dog", 400)
+    assert torch.equal(drawn("a <milo>", 1), base)  # the last timestep is 1, so none is below
+    whole = drawn("a <milo>", 1000)
+    part = drawn("a <milo>", 400)
+    early = [torch.equal(a, b) for (t, a), (_, b) in zip(seen["a dog"], seen["a <milo>"], strict=True) if t >= 400]
+    late = [torch.equal(a, b) for (t, a), (_, b) in zip(seen["a dog"], seen["a <milo>"], strict=True) if t < 400]
+    assert (set(early), set(late)) == ({True}, {False})
+    assert not torch.equal(part, whole)
+
+
 def test_several_images_per_prompt(pipe, milo):
     with infusion.attach(pipe, milo):
         four = latents(pipe, ["a <milo> here", "a cat"], num_images_per_prompt=2)

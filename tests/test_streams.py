@@ -60,6 +60,28 @@ def test_equals_the_naive_method(call, rows, two_streams, scale):
         assert (ours - base).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize("two_streams", [True, False])
+@pytest.mark.parametrize("timesteps", [[10, 500, 900], [500], [400], [399]])
+def test_a_limited_concept_is_heard_below_its_timestep(call, rows, two_streams, timesteps):
+    unet, limits = tiny_unet(), {"milo": 500, "rex": 400}
+    residuals = {n: random_concept(unet, n, seed=i).residuals for i, n in enumerate(limits)}
+    sample, _, states = call
+    streams = Streams(unet)
+    streams.residuals, streams.two_streams, streams.limits = residuals, two_streams, limits
+    each = timesteps * BATCH if len(timesteps) == 1 else timesteps
+    heard = [tuple(m for m in row if t < limits[m.name]) for row, t in zip(rows, each, strict=True)]
+    with torch.no_grad():
+        with streams.calls(Plan(rows, states)):
+            ours = unet(sample, torch.tensor(timesteps), states).sample
+        streams.remove()
+        base = unet(sample, torch.tensor(timesteps), states).sample
+        naive = naive_prediction(unet, sample, torch.tensor(each), states, Plan(heard, states), residuals, two_streams)
+    assert (ours - naive).abs().max() < 1e-5 * naive.abs().max()
+    if not any(heard):
+        assert torch.equal(ours, base)
+
+
 def test_record_and_replay_equal_the_joint_call_and_carry_gradients(call):
     unet = tiny_unet()
     rows = tuple((Mention("milo", 1.0, (i + 1, i + 4)),) for i in range(BATCH))

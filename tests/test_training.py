@@ -58,8 +58,8 @@ def test_what_a_file_tells_of_its_training(pipe, photos, tmp_path):
     config = LearnConfig(steps=2, batch=2, layers=("mid", "up_blocks.0"))
     learned = infusion.learn(pipe, folder, "dog", "milo", config)
     assert learned.settings == {
-        "steps": 2, "batch": 2, "learning_rate": 0.02, "strength": 1.0, "flip": True, "masked": True, "two_streams": True, "seed": 0,
-        "layers": "mid up_blocks.0",
+        "steps": 2, "batch": 2, "learning_rate": 0.06, "max_timestep": 492, "strength": 1.0, "flip": True, "masked": True,
+        "two_streams": True, "seed": 0, "layers": "mid up_blocks.0",
     }  # fmt: skip
     content = learned.to_bytes()
     assert not any(word in content for word in (b"secret", b"private", str(tmp_path).encode(), b"photo"))
@@ -161,6 +161,27 @@ def test_a_scheme_changes_the_grid_and_not_the_learning(pipe, photos):
     assert fine.to_bytes("fp32") != coarse.to_bytes("fp32")
     with pytest.raises(InfusionError, match="scheme is 'int4'; use one of q6, fp16, fp32"):
         LearnConfig(scheme="int4")
+
+
+def test_learning_and_drawing_below_a_timestep(pipe, photos):
+    lesson = prepare_lesson(pipe, load_photos(photos), "dog", "milo")
+    draws = lesson.draw(400, torch.Generator().manual_seed(0), 30)
+    assert sorted(set(draws.timesteps.tolist())) == list(range(30))
+    assert lesson.draw(400, torch.Generator().manual_seed(0)).timesteps.max() > 900
+    learned = lambda limit: infusion.learn(pipe, lesson, "dog", "milo", LearnConfig(steps=2, max_timestep=limit))  # noqa: E731
+    assert [learned(limit).max_timestep for limit in (None, 30, 1000, 2000)] == [lesson.settled, 30, None, None]
+    assert infusion.Concept.from_bytes(learned(30).to_bytes()).max_timestep == 30
+    path = next(iter(cross_attention_layers(pipe.unet)))
+    assert not torch.equal(learned(30).residuals[path], learned(1000).residuals[path])
+
+
+def test_larger_latents_are_settled_under_more_noise(pipe, photos):
+    lesson = prepare_lesson(pipe, load_photos(photos), "dog", "milo")
+    noise = lesson.noise.alphas_cumprod.reciprocal().sub(1).sqrt()
+    wide = dataclasses.replace(lesson, latents=torch.zeros(1, 4, 16, 16))
+    at = [float(noise[part.settled - 1]) for part in (lesson, wide)]
+    assert at[1] == pytest.approx(2 * at[0], rel=0.01)
+    assert dataclasses.replace(lesson, latents=torch.zeros(1, 4, 400, 400)).settled == 1000
 
 
 def test_a_concept_holds_a_share_of_what_was_learned(pipe, photos):
@@ -278,6 +299,7 @@ def test_bad_settings(pipe, photos):
         ({"steps": 0}, "steps is 0"),
         ({"batch": -1}, "batch is -1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"max_timestep": 0}, "max_timestep is 0; it must be at least 1"),
         ({"strength": 0.0}, "strength is 0.0; it must lie above 0"),
         ({"strength": 1.5}, "strength is 1.5; it must lie above 0"),
     ):

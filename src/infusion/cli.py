@@ -77,7 +77,13 @@ def train(
         typer.Option(
             "--lr",
             "--learning-rate",
-            help="Learning rate, 0.01 to 0.03; 0.02 if not given.",
+            help="Learning rate, usually 0.01 to 0.1; 0.06 if not given.",
+        ),
+    ] = None,
+    max_timestep: Annotated[
+        int | None,
+        typer.Option(
+            help="Learn and draw below this timestep only; where layouts are settled if not given, 1000 for all, as published."
         ),
     ] = None,
     strength: Annotated[
@@ -123,7 +129,9 @@ def train(
         from infusion.training import LearnConfig
 
         steer = SteerConfig(every=evaluate_every or (50 if stop_when_overfit else 0), stop=stop_when_overfit)
-        given = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "strength": strength}
+        given = {
+            "steps": steps, "batch": batch, "learning_rate": learning_rate, "max_timestep": max_timestep, "strength": strength,
+        }  # fmt: skip
         config = LearnConfig(
             flip=flip,
             masked=mask,

@@ -59,7 +59,8 @@ class Concept:
 
     name: how prompts call it, `<name>`. word: the class word that it stands for ("dog").
     residuals: path of the cross-attention module in the UNet -> vector of that layer's value length
-    (heads x head_dim). settings: how it was learned (numbers and short words only: the file is shared).
+    (heads x head_dim). settings: how it was learned (numbers and short words only: the file is shared); of these "max_timestep" says
+    how it is drawn, too.
     """
 
     name: str
@@ -89,6 +90,8 @@ class Concept:
                 raise InfusionError(
                     f"The setting {key!r} is {value!r}; settings are finite numbers, short words and flags."
                 )
+        if type(limit := self.settings.get("max_timestep", 1)) is not int or limit < 1:
+            raise InfusionError(f"max_timestep is {limit!r}; it must be a whole number of at least 1.")
         if len(json.dumps(self.settings)) > MAX_SETTINGS:
             raise InfusionError(
                 f"The settings take more than {MAX_SETTINGS:,} bytes; keep how it was learned, no texts."
@@ -108,6 +111,12 @@ class Concept:
                 raise InfusionError(f"The residual of {path} is not finite; learn with a lower learning rate.")
             if float(residual.abs().max()) > LARGEST:
                 raise InfusionError(f"The residual of {path} exceeds {LARGEST:g}; learn with a lower learning rate.")
+
+    @property
+    def max_timestep(self) -> int | None:
+        """The timestep below which it was learned and is drawn; None for all."""
+        limit = self.settings.get("max_timestep")
+        return None if limit is None else int(limit)
 
     @property
     def count(self) -> int:

@@ -31,6 +31,7 @@ TEMPLATES = (
     "{}",
 )
 _TAG = "<subject>"
+SETTLED = 2.74  # by trials on the embedded base, docs/log.md
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,21 @@ class Lesson:
         found = (self.masks.amax(0) < 0.3).cpu()
         return found if found.double().mean() > 0.15 else None
 
-    def draw(self, count: int, generator: torch.Generator) -> Draw:
-        """A batch of `count`: photo, caption, timestep and noise drawn from `generator` (on the CPU,
+    @property
+    def settled(self) -> int:
+        """The timestep below which a drawing's layout is settled, where noise is `SETTLED` times the picture on 16 x 16 latents; larger latents
+        settle under more noise, in proportion to their side (arXiv 2301.11093)."""
+        alphas = self.noise.alphas_cumprod
+        noise = ((1 - alphas) / alphas).sqrt()
+        return int((noise < SETTLED * self.latents.shape[-1] / 16).sum())
+
+    def draw(self, count: int, generator: torch.Generator, max_timestep: int | None = None) -> Draw:
+        """A batch of `count`: photo, caption, timestep (below `max_timestep`) and noise drawn from `generator` (on the CPU,
         so that every device sees the same numbers)."""
         photo = torch.randint(len(self.latents), (count,), generator=generator)
         text = torch.randint(len(self.texts.states), (count,), generator=generator)
-        timesteps = torch.randint(self.noise.config["num_train_timesteps"], (count,), generator=generator)
+        limit = max_timestep or self.noise.config["num_train_timesteps"]
+        timesteps = torch.randint(limit, (count,), generator=generator)
         noise = torch.randn((count, *self.latents.shape[1:]), generator=generator)
         return self.batch(photo, text, timesteps, noise)
 

@@ -25,10 +25,9 @@ from infusion.concept import Concept
 from infusion.errors import InfusionError, InfusionWarning
 from infusion.fit import check_fits
 from infusion.prompts import Mention, Parsed, parse, refuse_in_negative
-from infusion.streams import Plan, Streams, execution_device, require_unet, unwrapped
+from infusion.streams import Plan, Rows, Streams, execution_device, require_unet, unwrapped
 
 MAX_CALLS = 16  # kept; a call that broke off leaves its entry
-Rows = tuple[tuple[Mention, ...], ...]
 
 
 def attach(
@@ -312,6 +311,9 @@ class _Session:
             name: {path: r.to(device) for path, r in c.residuals.items()}
             for a in self.attachments
             for name, c in a.concepts.items()
+        }
+        self.streams.limits = {
+            name: c.max_timestep for a in self.attachments for name, c in a.concepts.items() if c.max_timestep
         }
         self.streams.two_streams = all(a.two_streams for a in self.attachments[-1:])
 

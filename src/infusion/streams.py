@@ -3,14 +3,16 @@
 A UNet call in which some rows carry a concept runs with one more row for each of them, the
 foundational row: same latents, same text, no residual. In every cross-attention layer a customized
 row takes the foundational row's output plus heat times residual (`attention.py`); everything else
-of the UNet runs per row as ever. Which rows carry what is told by a `Plan`; prompts and pipelines are
-`pipelines.py`'s business. Removing the hooks leaves nothing behind.
+of the UNet runs per row as ever. From the timestep on that limits a concept its rows are the base's. Which
+rows carry what is told by a `Plan`; prompts and pipelines are `pipelines.py`'s business. Removing the hooks
+leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from infusion.errors import InfusionError
 from infusion.prompts import Mention
 
 Mode = Literal["joint", "record", "replay"]
+Rows = tuple[tuple[Mention, ...], ...]  # the mentions of each conditional row
 
 # Who alone is heard by a UNet's calls: a training's passes must not follow the plan of a drawing that broke off.
 _speaking: WeakKeyDictionary[nn.Module, Streams | None] = WeakKeyDictionary()
@@ -116,7 +119,7 @@ class Plan:
     that is not known.
     """
 
-    rows: tuple[tuple[Mention, ...], ...]
+    rows: Rows
     states: Tensor
     guidance: bool | None = None
 
@@ -152,6 +155,7 @@ class Streams:
         self.unet = unet
         self.layers = cross_attention_layers(unet)
         self.residuals: dict[str, Mapping[str, Tensor]] = {}  # concept name -> path -> residual
+        self.limits: dict[str, int] = {}  # concept name -> the timestep below which it is heard; without one, at all
         self.two_streams = True
         self.plans: list[Plan] = []  # those in force, the innermost last
         self.met: WeakKeyDictionary[Plan, int] = WeakKeyDictionary()  # those that a UNet call followed, and its rows
@@ -212,7 +216,7 @@ class Streams:
         bound = self._signature.bind(*args, **kwargs)
         states = bound.arguments["encoder_hidden_states"]
         batch = bound.arguments["sample"].shape[0]
-        self._call = call = self._planned(batch, states)
+        self._call = call = self._planned(batch, states, bound.arguments["timestep"])
         if call is None or not call.doubled:
             return None
         rows = call.rows
@@ -271,7 +275,7 @@ class Streams:
 
     # --- rows ----------------------------------------------------------------------------------
 
-    def _planned(self, batch: int, states: Tensor) -> _Call | None:
+    def _planned(self, batch: int, states: Tensor, timestep: Tensor | float) -> _Call | None:
         """The call's customized rows, or None for a call that carries no concept. Of the plans in force the innermost counts whose
         text states the call brings."""
         for plan in reversed(self.plans):
@@ -280,14 +284,14 @@ class Streams:
                 continue
             chunks = [torch.equal(c, plan.states.to(c)) for c in states.split(n)]
             if any(chunks):
-                return self._following(plan, chunks, states)
+                return self._following(plan, chunks, states, timestep)
         innermost = self.plans[-1] if self.plans else None
         if innermost and self.met.get(innermost) == batch and states.shape[1:] == innermost.states.shape[1:]:
             self.strayed.add(innermost)
         return None
 
-    def _following(self, plan: Plan, chunks: list[bool], states: Tensor) -> _Call | None:
-        """The call by a plan whose text states are those of some `chunks` of its rows."""
+    def _following(self, plan: Plan, chunks: list[bool], states: Tensor, timestep: Tensor | float) -> _Call | None:
+        """The call by a plan whose text states are those of some `chunks` of its rows; None where no concept is heard."""
         n, batch = len(plan.rows), len(states)
         if not any(plan.rows):
             return None
@@ -298,14 +302,25 @@ class Streams:
         if not chunks[-1]:
             return None
         self.met[plan] = batch
-        return self._make_call(plan, batch - n, batch, states)
+        heard = self._heard(plan.rows, timestep)
+        return self._make_call(heard, batch - n, batch, states) if any(heard) else None
 
-    def _make_call(self, plan: Plan, offset: int, batch: int, states: Tensor) -> _Call:
+    def _heard(self, rows: Rows, timestep: Tensor | float) -> Rows:
+        """The mentions of a plan's rows that are heard at a call's timestep, one number or one for every row."""
+        if not any(m.name in self.limits for row in rows for m in row):
+            return rows
+        given = torch.as_tensor(timestep).flatten().tolist()
+        each = given * len(rows) if len(given) == 1 else given[-len(rows) :]
+        return tuple(
+            tuple(m for m in row if t < self.limits.get(m.name, math.inf)) for row, t in zip(rows, each, strict=True)
+        )
+
+    def _make_call(self, plan_rows: Rows, offset: int, batch: int, states: Tensor) -> _Call:
         # Of a UNet that lies elsewhere than the pipeline's other parts, torch's hooks run before accelerate's moves the states.
         device = getattr(getattr(self.unet, "_hf_hook", None), "execution_device", None)
         device = states.device if device is None else torch.device(device)
-        rows = [i for i, mentions in enumerate(plan.rows) if mentions]
-        entries = [(c, m) for c, i in enumerate(rows) for m in plan.rows[i]]
+        rows = [i for i, mentions in enumerate(plan_rows) if mentions]
+        entries = [(c, m) for c, i in enumerate(rows) for m in plan_rows[i]]
         words = torch.zeros(len(entries), states.shape[1])
         for e, (_, mention) in enumerate(entries):
             words[e, list(mention.positions)] = mention.strength

@@ -36,16 +36,17 @@ class LearnConfig:
     """How a concept is learned.
 
     steps x batch samples are seen; the authors' 500 x 16 = 8,000 is ample, this default fits 90 s on 2 CPU cores.
-    learning_rate: 0.01 (SD1.5) to 0.03 (SD2.1) in the authors' code. strength: the share of what was learned that the concept holds; guidance
-    multiplies it in drawing, which no photo taught. Learned at 0.2 and held by half, a concept of the embedded base is liker than at 0.02
-    held whole, but stands where its photos had it wherever a prompt leaves the place open (docs/benchmark-search.md). two_streams=False is
+    learning_rate: 0.01 (SD1.5) to 0.03 (SD2.1) in the authors' code, for 500 steps. max_timestep: only timesteps below it are learned from and drawn with,
+    so that layouts stay the base's; by default where they are settled (`Lesson.settled`: 650 of 1,000 on the embedded base, 950 on Stable Diffusion
+    1.5); the authors use all, 1,000. strength: the share of what was learned that the concept holds. two_streams=False is
     the single-stream ablation. layers: substrings of module paths that get a residual; empty means all. scheme: of the file whose
     grid the returned values are on ("q6", "fp16" or "fp32"); learning itself is the same.
     """
 
     steps: int = 200
     batch: int = 8
-    learning_rate: float = 0.02
+    learning_rate: float = 0.06
+    max_timestep: int | None = None
     strength: float = 1.0
     flip: bool = True
     masked: bool = True
@@ -56,12 +57,12 @@ class LearnConfig:
 
     def __post_init__(self) -> None:
         hold_types(self)
-        for field in ("steps", "batch"):
-            if getattr(self, field) < 1:
-                raise InfusionError(f"{field} is {getattr(self, field)}; it must be at least 1.")
+        for field in ("steps", "batch", "max_timestep"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise InfusionError(f"{field} is {value}; it must be at least 1.")
         if not 0 < self.learning_rate < 10:
             raise InfusionError(
-                f"learning_rate is {self.learning_rate}; it must lie between 0 and 10, usually 0.01 to 0.03."
+                f"learning_rate is {self.learning_rate}; it must lie between 0 and 10, usually 0.01 to 0.1."
             )
         if not 0 < self.strength <= 1:
             raise InfusionError(f"strength is {self.strength}; it must lie above 0 and be at most 1, usually 0.5 or 1.")
@@ -129,6 +130,7 @@ def learning_together(
     scaler = torch.amp.GradScaler(  # small gradients vanish in fp16
         execution_device(pipe).type, enabled=unet.dtype == torch.float16
     )
+    limits = [_limit(lesson, config) for lesson in lessons]
     generators = [torch.Generator().manual_seed(config.seed) for _ in lessons]
     streams = Streams(unet)
     streams.residuals = residuals
@@ -136,7 +138,8 @@ def learning_together(
     try:
         with frozen(unet):
             for step in range(1, config.steps + 1):
-                draws = [lesson.draw(config.batch, g) for lesson, g in zip(lessons, generators, strict=True)]
+                drawn_from = zip(lessons, generators, limits, strict=True)
+                draws = [lesson.draw(config.batch, g, limit) for lesson, g, limit in drawn_from]
                 predictions = predict(streams, joined(draws)).split(config.batch)
                 losses = torch.stack([masked_loss(p, d) for p, d in zip(predictions, draws, strict=True)])
                 values = losses.detach().tolist()
@@ -192,6 +195,12 @@ def masked_loss(prediction: Tensor, draw: Draw) -> Tensor:
     return error.square().mean()
 
 
+def _limit(lesson: Lesson, config: LearnConfig) -> int | None:
+    """The timestep below which the lesson is learned; None for all."""
+    limit = lesson.settled if config.max_timestep is None else config.max_timestep
+    return limit if limit < lesson.noise.config["num_train_timesteps"] else None
+
+
 def _zeros(pipe: DiffusionPipeline, layers: Sequence[str]) -> dict[str, Tensor]:
     """A residual of zeros for every layer whose path holds one of `layers`, for all where there are none."""
     device = execution_device(pipe)
@@ -212,6 +221,9 @@ def _concept(
 ) -> Concept:
     """What is learned by now, at the strength that is held, on its file's grid."""
     settings = {**_plain(config), "steps": step, "flip": lesson.flipped, "masked": lesson.masked}
+    settings.pop("max_timestep", None)
+    if limit := _limit(lesson, config):
+        settings["max_timestep"] = limit
     held = {path: config.strength * learned for path, learned in _on_cpu(residuals).items()}
     return Concept(lesson.name, lesson.word, held, settings, base).on_grid(config.scheme)
 

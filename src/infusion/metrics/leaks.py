@@ -39,7 +39,9 @@ def pull(custom: Sequence[str | None], base: Sequence[str | None], asked: Sequen
     return _comes_back(custom, base, left_open, trained, f"left open where {trained!r} may come back")
 
 
-def _each(custom: Sequence[str | None], base: Sequence[str | None], asked: Sequence[str | None]) -> Sequence[str | None]:
+def _each(
+    custom: Sequence[str | None], base: Sequence[str | None], asked: Sequence[str | None]
+) -> Sequence[str | None]:
     if not len(custom) == len(base) == len(asked):
         raise ValueError(
             f"There are {len(custom)}, {len(base)} and {len(asked)} entries; give one per picture in each."
