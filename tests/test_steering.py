@@ -176,6 +176,15 @@ def test_a_picture_that_stands_where_a_photo_does_repeats_its_position(pipe, les
     hits = lambda *columns: watch._hits(anywhere, at(*columns), *limits)["position"].tolist()  # noqa: E731
     assert hits(0, 2, 2, 7) == [False, True, False, True]  # an eighth away; the third is at the left as asked
     assert hits(6, 3, 4, 1) == [True, True, True, False]
+    assert watch._pulled(at(0, 3, 4, 7)).tolist() == [False, True, True, True]
+
+
+def test_prompts_that_all_ask_for_a_side_have_no_pull(pipe, lesson):
+    sides = ("{} on the left in the snow", "{} on the right in the city")
+    (seen,) = run(pipe, infusion(pipe, lesson, LearnConfig(1, 2)), lesson, every=1, prompts=sides)
+    assert seen.checkup.pull is None
+    (seen,) = run(pipe, infusion(pipe, lesson, LearnConfig(1, 2)), lesson, every=1)
+    assert seen.checkup.pull.rate.n == 4
 
 
 def test_a_background_like_a_photos_more_than_the_bases_repeats_it(pipe, lesson):

@@ -192,6 +192,7 @@ def _seen(checkup: Checkup) -> str:
     return (
         f"Step {checkup.step}: repeats of the photos' {repeats} points beside the base, "
         f"forgetting {checkup.forgetting:.2g}, variety {checkup.variety:.0%} of the base's."
+        + (f" Pull to the photos' position {100 * checkup.pull.above:+.0f}." if checkup.pull else "")
         + ("" if "background" in checkup.repeats else " The photos show the subject everywhere, so no background.")
     )
 

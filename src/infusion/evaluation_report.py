@@ -131,6 +131,12 @@ def _curves(checkups: Sequence[Mapping[str, Any]]) -> list[str]:
             )
             for name in checkups[0]["repeats"]
         ),
+        *_pull_curve(steps, [c.get("pull") for c in checkups]),
         line_chart("Forgetting: divergence on other prompts", steps, [c["forgetting"] for c in checkups]),
         line_chart("Variety beside the base's", steps, [100 * c["variety"] for c in checkups], " %"),
     ]
+
+
+def _pull_curve(steps: Sequence[int], pulls: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    above = [100 * pull["above"] for pull in pulls if pull]
+    return [line_chart("Pull to the photos' position above the base's", steps, above, " pt")] if all(pulls) else []

@@ -7,7 +7,8 @@ photos, keep the best.
 
 Works for every method of `infusion.methods`, on any base. A picture repeats the photos' background when, outside the subject, it is
 more like a photo than nine in ten of the base's own pictures of the same prompts and seeds are; it repeats their position when its subject,
-as the base's attention finds it, stands where a photo's does and not at the side that was asked for.
+as the base's attention finds it, stands where a photo's does and not at the side that was asked for. Where prompts leave the place open, how
+often it stands there is told as the pull; it stops nothing.
 """
 
 from __future__ import annotations
@@ -84,13 +85,15 @@ class Repeats:
 @dataclass(frozen=True)
 class Checkup:
     """One look. repeats: of "background", where the photos show one beside the subject, and "position". forgetting: latent Fisher divergence, eps form, on prompts that name
-    neither the subject nor its class. variety: mean distance among pictures of one prompt, as a share of the base's."""
+    neither the subject nor its class. variety: mean distance among pictures of one prompt, as a share of the base's. pull: of the photos'
+    position where prompts leave it open; None where all ask for a side."""
 
     step: int
     loss: float
     repeats: dict[str, Repeats]
     forgetting: float
     variety: float
+    pull: Repeats | None = None
 
     def plain(self) -> dict[str, Any]:
         """As JSON keeps it."""
@@ -179,13 +182,14 @@ def _side(prompt: str) -> int:
 @dataclass(frozen=True)
 class _Reference:
     """The base's own pictures of one set of seeds: their centre, the likeness above which a picture repeats the photos' background (0 where
-    that is not looked at), the base's own rates of repeats, and how far its pictures of one prompt lie apart."""
+    that is not looked at), the base's own rates of repeats, how far its pictures of one prompt lie apart, and its rate of the pull."""
 
     seed: int
     centre: Tensor
     level: float
     rates: dict[str, float]
     spread: float
+    pull: float
 
 
 class _Watch:
@@ -217,7 +221,9 @@ class _Watch:
             found = rate(hits)
             repeats[name] = Repeats(found, found.value - base.rates[name])
         divergence = forgetting(self.pipe, adapter, [self.others], self.config.seed)[0].eps.value
-        return Checkup(state.step, state.loss, repeats, divergence, self._spread(drawn[0]) / base.spread)
+        variety, pulled = self._spread(drawn[0]) / base.spread, self._pulled(drawn[0])
+        pull = Repeats(rate(pulled), float(pulled.double().mean()) - base.pull) if len(pulled) else None
+        return Checkup(state.step, state.loss, repeats, divergence, variety, pull)
 
     def _reference(self, seed: int) -> _Reference:
         anywhere, positioned = self._drawn(self.pipe, f"a {self.lesson.word}", seed, "Drawing with the base")
@@ -225,7 +231,9 @@ class _Watch:
         level = 0.0 if self.outside is None else float(self._likeness(anywhere, centre).quantile(QUANTILE))
         hits = self._hits(anywhere, positioned, centre, level)
         rates = {name: float(hit.double().mean()) for name, hit in hits.items()}
-        return _Reference(seed, centre, level, rates, self._spread(anywhere))
+        pulled = self._pulled(anywhere)
+        pull = float(pulled.double().mean()) if len(pulled) else 0.0
+        return _Reference(seed, centre, level, rates, self._spread(anywhere), pull)
 
     def _drawn(self, pipe: DiffusionPipeline, subject: str, seed: int, label: str) -> tuple[Tensor, Tensor]:
         """Latents of the pictures of the prompts and of the positioned prompts, `seeds` of each."""
@@ -241,6 +249,14 @@ class _Watch:
         asked = [_side(prompt) for prompt in self.config.positioned for _ in range(self.config.seeds)]
         position = {"position": repeats_place(self._places(positioned), self.places, asked)}
         return position if self.outside is None else {"background": self._likeness(anywhere, centre) > level} | position
+
+    def _pulled(self, anywhere: Tensor) -> Tensor:
+        """Of the pictures whose prompts leave the place open, which stand where a photo does: (n,) bool."""
+        asked = torch.tensor([_side(prompt) for prompt in self.config.prompts for _ in range(self.config.seeds)])
+        left_open = anywhere[(asked == 0).to(anywhere.device)]
+        if not len(left_open):
+            return torch.zeros(0, dtype=torch.bool)
+        return repeats_place(self._places(left_open), self.places, [0] * len(left_open))
 
     def _likeness(self, latents: Tensor, centre: Tensor) -> Tensor:
         """How like the nearest photo each picture is outside the subject."""
