@@ -21,6 +21,7 @@ def test_the_defaults_hold_every_method():
     assert len({job.name for job in todo}) == len(todo)
     assert {job.label for job in todo if job.strengths == (0.5,)} == {"dreambooth-lora", "custom-diffusion"}
     assert {job.label for job in todo if job.strengths == (1.0, 0.5)} == {"infusion-published"}
+    assert {job.label for job in todo if job.strengths == (1.0, 0.7)} == {"infusion"}
     assert {job.subject for job in todo[: len(grid.methods)]} == {0}  # whole subjects first
     assert {job.method for job in todo} == {*METHODS, *REFERENCES} - {"key-value"}  # an ablation, not in the grid
     single = next(job for job in todo if job.label == "single-stream")
