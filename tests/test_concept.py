@@ -37,6 +37,8 @@ SETTINGS = {
     "steps": 400,
     "batch": 16,
     "learning_rate": 0.01,
+    "max_timestep": 950,
+    "strength": 1.0,
     "flip": True,
     "masked": True,
     "two_streams": True,
