@@ -122,7 +122,8 @@ def learned(work: Path) -> list[tuple[str, float, float, float, float, float, fl
         exact = infusion.learn(pipe, lesson, subject.kind, name, LearnConfig(scheme="fp32"))
         packed = exact.on_grid("q6")
         a, b = (torch.cat([c.residuals[p] for p in exact.residuals]) for c in (exact, packed))
-        losses = [validation_loss(pipe, lesson, r) for r in (None, exact.residuals, packed.residuals)]
+        limit = exact.max_timestep
+        losses = [validation_loss(pipe, lesson, r, True, limit) for r in (None, exact.residuals, packed.residuals)]
         pictures = []
         for concept in (exact, packed):
             with infusion.attach(pipe, concept):

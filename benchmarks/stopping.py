@@ -23,13 +23,18 @@ from infusion.methods import METHODS
 from infusion.steering import SteerConfig, steered
 from infusion.world.judge import load_judge
 
-RATES = {"infusion": 0.02, "dreambooth": 3e-4, "dreambooth-lora": 3e-3}
+# Infusion at all timesteps, as published: below its default limit nothing is pulled.
+SETTINGS = {
+    "infusion": {"learning_rate": 0.02, "max_timestep": 1000},
+    "dreambooth": {"learning_rate": 3e-4},
+    "dreambooth-lora": {"learning_rate": 3e-3},
+}
 
 
 def watched(name: str, number: int, steps: int, every: int) -> dict:
     """One method's looks, each with the true leaks of the state that it looked at."""
     pipe, judge = load_base(device="cpu"), load_judge()
-    grid = {"subjects": number + 1, "points": [steps], "methods": {name: {"learning_rate": RATES[name]}}}
+    grid = {"subjects": number + 1, "points": [steps], "methods": {name: SETTINGS[name]}}
     job = jobs(load_grid(None, grid))[number]
     chosen = case(job.split, job.subjects_seed, number, **job.modality)
     lesson = prepare_lesson(pipe, chosen.photos(), chosen.subject.kind, "subject")
@@ -48,7 +53,7 @@ def watched(name: str, number: int, steps: int, every: int) -> dict:
             above = {n: r.above for n, r in now.checkup.repeats.items()}
             looks.append({"step": now.state.step, "above": above, "likeness": like, "leaks": leaks})
             print(name, looks[-1], flush=True)
-    return {"method": name, "learning_rate": RATES[name], "subject": number, "looks": looks}
+    return {"method": name, **SETTINGS[name], "subject": number, "looks": looks}
 
 
 if __name__ == "__main__":
@@ -57,9 +62,9 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--every", type=int, default=100)
     parser.add_argument(
-        "--method", action="append", choices=list(RATES), help="may be given several times; all without"
+        "--method", action="append", choices=list(SETTINGS), help="may be given several times; all without"
     )
     parser.add_argument("--out", type=Path, default=Path("stopping.json"))
     args = parser.parse_args()
-    found = [watched(name, args.subject, args.steps, args.every) for name in args.method or RATES]
+    found = [watched(name, args.subject, args.steps, args.every) for name in args.method or SETTINGS]
     args.out.write_text(json.dumps(found, indent=1) + "\n")

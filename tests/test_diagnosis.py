@@ -40,6 +40,14 @@ def test_the_validation_loss_equals_a_loop_over_the_naive_method(pipe, lesson, t
         assert measured[t] == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.parametrize("two_streams", [True, False])
+def test_from_its_limit_on_a_concept_leaves_the_loss_to_the_base(pipe, lesson, two_streams):
+    residuals = random_concept(pipe.unet).residuals
+    base, whole = validation_loss(pipe, lesson), validation_loss(pipe, lesson, residuals, two_streams)
+    limited = validation_loss(pipe, lesson, residuals, two_streams, 500)
+    assert limited == {t: (whole if t < 500 else base)[t] for t in base}
+
+
 def test_without_residuals_it_is_the_base(pipe, lesson):
     zeros = {path: torch.zeros(n) for path, n in value_lengths(pipe.unet).items()}
     base = validation_loss(pipe, lesson)

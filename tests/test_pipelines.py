@@ -27,7 +27,7 @@ from PIL import Image
 
 import infusion
 from infusion.concept import BaseInfo
-from infusion.errors import InfusionError
+from infusion.errors import InfusionError, InfusionWarning
 from infusion.lesson import prepare_lesson
 from infusion.methods.dreambooth import DreamBoothConfig, dreambooth
 from infusion.methods.interface import rebuilt
@@ -111,13 +111,26 @@ def test_a_limited_concept_leaves_early_steps_to_the_base(pipe, milo):
                         callback_on_step_end=keep).images  # fmt: skip
 
     base = drawn("a dog", 400)
-    assert torch.equal(drawn("a <milo>", 1), base)  # the last timestep is 1, so none is below
+    with pytest.warns(InfusionWarning, match="no step of the drawing lies below"):  # the last timestep is 1
+        assert torch.equal(drawn("a <milo>", 1), base)
     whole = drawn("a <milo>", 1000)
     part = drawn("a <milo>", 400)
     early = [torch.equal(a, b) for (t, a), (_, b) in zip(seen["a dog"], seen["a <milo>"], strict=True) if t >= 400]
     late = [torch.equal(a, b) for (t, a), (_, b) in zip(seen["a dog"], seen["a <milo>"], strict=True) if t < 400]
     assert (set(early), set(late)) == ({True}, {False})
     assert not torch.equal(part, whole)
+
+
+def test_an_inner_attachment_brings_its_own_limit(pipe, milo):
+    limited = dataclasses.replace(milo, settings={"max_timestep": 300})
+    with infusion.attach(pipe, milo):
+        whole = latents(pipe, "a <milo>")
+        with infusion.attach(pipe, limited) as inner:
+            assert inner.streams.limits == {"milo": 300}
+            assert not torch.equal(latents(pipe, "a <milo>"), whole)
+    with infusion.attach(pipe, limited), infusion.attach(pipe, milo) as inner:
+        assert inner.streams.limits == {}
+        assert torch.equal(latents(pipe, "a <milo>"), whole)
 
 
 def test_several_images_per_prompt(pipe, milo):

@@ -175,6 +175,15 @@ def test_learning_and_drawing_below_a_timestep(pipe, photos):
     assert not torch.equal(learned(30).residuals[path], learned(1000).residuals[path])
 
 
+def test_the_learning_rate_follows_the_limit(pipe, photos):
+    lesson = prepare_lesson(pipe, load_photos(photos), "dog", "milo")
+    given = (({}, 0.06), ({"max_timestep": 750}, 0.06), ({"max_timestep": 751}, 0.02), ({"learning_rate": 0.5}, 0.5))
+    for settings, rate in given:
+        concept = infusion.learn(pipe, lesson, "dog", "milo", LearnConfig(steps=1, batch=1, scheme="fp32", **settings))
+        assert concept.settings["learning_rate"] == rate
+        assert max(float(r.abs().max()) for r in concept.residuals.values()) == pytest.approx(rate, rel=1e-3)
+
+
 def test_larger_latents_are_settled_under_more_noise(pipe, photos):
     lesson = prepare_lesson(pipe, load_photos(photos), "dog", "milo")
     noise = lesson.noise.alphas_cumprod.reciprocal().sub(1).sqrt()

@@ -28,17 +28,20 @@ def validation_loss(
     lesson: Lesson,
     residuals: Mapping[str, Tensor] | None = None,
     two_streams: bool = True,
+    max_timestep: int | None = None,
     timesteps: Sequence[int] = TIMESTEPS,
     seed: int = 0,
 ) -> dict[int, float]:
     """The training loss (`masked_loss`) at each timestep on fixed draws: every latent of the lesson once, captions in
-    turn, noise from `seed`. Without residuals it is the loss of the pipeline's UNet as it is. Leaves nothing attached.
+    turn, noise from `seed`. Without residuals it is the loss of the pipeline's UNet as it is, as it is at timesteps from `max_timestep` on, which a
+    concept leaves to the base. Leaves nothing attached.
     """
     unet = require_unet(pipe)
     n = len(lesson.latents)
     streams = Streams(unet)
     streams.residuals = {lesson.name: residuals or {}}
     streams.two_streams = two_streams
+    streams.limits = {lesson.name: max_timestep} if max_timestep else {}
     losses = {}
     try:
         for i, t in enumerate(timesteps):

@@ -234,6 +234,13 @@ class _Session:
                 f"{names} was in the prompt, but no UNet call had the prompt's text states, unconditional rows first; "
                 "do not change prompt_embeds on the way, or attach to a stock pipeline."
             )
+        if plan not in self.streams.heard:
+            warnings.warn(
+                f"{names} was in the prompt, but no step of the drawing lies below the timestep from which on it is left to the base "
+                f"({max(self.streams.limits.values())} at most), so it was drawn without it; draw in more steps, or learn it with max_timestep=1000.",
+                InfusionWarning,
+                stacklevel=4,
+            )
         if plan in self.streams.strayed:
             warnings.warn(
                 f"{names} was in the prompt, but some UNet calls had other text states and were made without it; "
@@ -307,14 +314,11 @@ class _Session:
     def _refresh(self) -> None:
         """Later attachments go before earlier ones of the same name."""
         device = execution_device(self.pipelines[0])
+        last = {name: c for a in self.attachments for name, c in a.concepts.items()}
         self.streams.residuals = {
-            name: {path: r.to(device) for path, r in c.residuals.items()}
-            for a in self.attachments
-            for name, c in a.concepts.items()
+            name: {path: r.to(device) for path, r in c.residuals.items()} for name, c in last.items()
         }
-        self.streams.limits = {
-            name: c.max_timestep for a in self.attachments for name, c in a.concepts.items() if c.max_timestep
-        }
+        self.streams.limits = {name: c.max_timestep for name, c in last.items() if c.max_timestep}
         self.streams.two_streams = all(a.two_streams for a in self.attachments[-1:])
 
     def _weighted(self, mentions: tuple[Mention, ...]) -> tuple[Mention, ...]:

@@ -86,7 +86,7 @@ class Repeats:
 class Checkup:
     """One look. repeats: of "background", where the photos show one beside the subject, and "position". forgetting: latent Fisher divergence, eps form, on prompts that name
     neither the subject nor its class. variety: mean distance among pictures of one prompt, as a share of the base's. pull: of the photos'
-    position where prompts leave it open; None where all ask for a side."""
+    position where prompts ask for no side; None where all do."""
 
     step: int
     loss: float

@@ -155,10 +155,13 @@ class Streams:
         self.unet = unet
         self.layers = cross_attention_layers(unet)
         self.residuals: dict[str, Mapping[str, Tensor]] = {}  # concept name -> path -> residual
-        self.limits: dict[str, int] = {}  # concept name -> the timestep below which it is heard; without one, at every one
+        self.limits: dict[
+            str, int
+        ] = {}  # concept name -> the timestep below which it is heard; without one, at every one
         self.two_streams = True
         self.plans: list[Plan] = []  # those in force, the innermost last
         self.met: WeakKeyDictionary[Plan, int] = WeakKeyDictionary()  # those that a UNet call followed, and its rows
+        self.heard: WeakSet[Plan] = WeakSet()  # those met of which a call heard a concept
         self.strayed: WeakSet[Plan] = WeakSet()  # those met of which a later call as large brought other text states
         self.mode: Mode = "joint"
         self.recorded: dict[
@@ -303,7 +306,10 @@ class Streams:
             return None
         self.met[plan] = batch
         heard = self._heard(plan.rows, timestep)
-        return self._make_call(heard, batch - n, batch, states) if any(heard) else None
+        if not any(heard):
+            return None
+        self.heard.add(plan)
+        return self._make_call(heard, batch - n, batch, states)
 
     def _heard(self, rows: Rows, timestep: Tensor | float) -> Rows:
         """The mentions of a plan's rows that are heard at a call's timestep, one number or one for every row."""

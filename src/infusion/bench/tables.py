@@ -245,7 +245,10 @@ def _own_settings(job: Mapping[str, Any]) -> dict[str, Any]:
     method = METHODS.get(job["method"])
     defaults = {f.name: f.default for f in fields(method[1])} if method else {}
     plain = json.loads(json.dumps(defaults))
-    given = {k: v for k, v in job["settings"].items() if k not in plain or plain[k] != v}
+    settings = job["settings"]
+    if job["method"] == "infusion":  # records of before there was a limit
+        settings = {"max_timestep": 1000, **settings}
+    given = {k: v for k, v in settings.items() if k not in plain or plain[k] != v}
     return given | ({"prior": job["prior"]} if job["prior"] else {})
 
 

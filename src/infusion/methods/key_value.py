@@ -1,7 +1,7 @@
 """Residuals on keys, on values, or on both, in a single stream: where a concept may live, beside where Infusion puts it.
 
 At the concept's word every cross-attention layer uses K + 1_P k^T and V + 1_P v^T, P the word's token positions, so that maps change with
-what is learned wherever keys have a residual. Values alone are Infusion's own single-stream ablation (arXiv 2404.14007);
+what is learned wherever keys have a residual. Values alone are Infusion's own single-stream ablation (arXiv 2404.14007), at all timesteps;
 with the maps of a foundational stream a residual on keys would change nothing.
 """
 
