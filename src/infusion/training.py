@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -127,14 +127,16 @@ def learning_together(
         )
     residuals = {name: _zeros(pipe, config.layers) for name in names}
     base = base_info(pipe)
-    rates = [_rate(lesson, config) for lesson in lessons]
+    configs = [_resolved(config, lesson) for lesson in lessons]
     optimizer = torch.optim.AdamW(
-        [{"params": list(own.values()), "lr": lr} for own, lr in zip(residuals.values(), rates, strict=True)]
+        [
+            {"params": list(residuals[lesson.name].values()), "lr": own.learning_rate}
+            for lesson, own in zip(lessons, configs, strict=True)
+        ]
     )
     scaler = torch.amp.GradScaler(  # small gradients vanish in fp16
         execution_device(pipe).type, enabled=unet.dtype == torch.float16
     )
-    limits = [_limit(lesson, config) for lesson in lessons]
     generators = [torch.Generator().manual_seed(config.seed) for _ in lessons]
     streams = Streams(unet)
     streams.residuals = residuals
@@ -142,15 +144,17 @@ def learning_together(
     try:
         with frozen(unet):
             for step in range(1, config.steps + 1):
-                drawn_from = zip(lessons, generators, limits, strict=True)
-                draws = [lesson.draw(config.batch, g, limit) for lesson, g, limit in drawn_from]
+                draws = [
+                    lesson.draw(config.batch, generator, own.max_timestep)
+                    for lesson, generator, own in zip(lessons, generators, configs, strict=True)
+                ]
                 predictions = predict(streams, joined(draws)).split(config.batch)
                 losses = torch.stack([masked_loss(p, d) for p, d in zip(predictions, draws, strict=True)])
                 values = losses.detach().tolist()
-                for name, value in zip(names, values, strict=True):
+                for name, value, own in zip(names, values, configs, strict=True):
                     if not math.isfinite(value):
                         raise InfusionError(
-                            f"The loss of <{name}> is {value} at step {step}; learn in fp32 or bf16, or with a lower learning rate than {max(rates)}."
+                            f"The loss of <{name}> is {value} at step {step}; learn in fp32 or bf16, or with a lower learning rate than {own.learning_rate}."
                         )
                 scaler.scale(losses.sum()).backward()
                 scaler.step(optimizer)
@@ -159,8 +163,8 @@ def learning_together(
                     raise InfusionError(f"The gradients at step {step} are not finite in fp16; learn in fp32 or bf16.")
                 optimizer.zero_grad(set_to_none=True)
                 yield tuple(
-                    LearnState(step, config.steps, value, _concept(lesson, residuals[lesson.name], config, step, base))
-                    for lesson, value in zip(lessons, values, strict=True)
+                    LearnState(step, config.steps, value, _concept(lesson, residuals[lesson.name], own, step, base))
+                    for lesson, value, own in zip(lessons, values, configs, strict=True)
                 )
     finally:
         streams.remove()
@@ -199,18 +203,18 @@ def masked_loss(prediction: Tensor, draw: Draw) -> Tensor:
     return error.square().mean()
 
 
-def _limit(lesson: Lesson, config: LearnConfig) -> int | None:
-    """The timestep below which the lesson is learned; None for all."""
-    limit = lesson.settled if config.max_timestep is None else config.max_timestep
-    return limit if limit < lesson.noise.config["num_train_timesteps"] else None
-
-
-def _rate(lesson: Lesson, config: LearnConfig) -> float:
-    """The learning rate of the lesson's residuals."""
-    if config.learning_rate is not None:
-        return config.learning_rate
-    limit, steps = _limit(lesson, config), lesson.noise.config["num_train_timesteps"]
-    return 0.06 if limit and limit <= 0.75 * steps else 0.02
+def _resolved(config: LearnConfig, lesson: Lesson) -> LearnConfig:
+    """The configuration with what the lesson has its own say on or decides where nothing is given; max_timestep None for all."""
+    steps = lesson.noise.config["num_train_timesteps"]
+    limit = config.max_timestep or lesson.settled
+    rate = 0.06 if limit <= 0.75 * steps else 0.02
+    return replace(
+        config,
+        learning_rate=rate if config.learning_rate is None else config.learning_rate,
+        max_timestep=limit if limit < steps else None,
+        flip=lesson.flipped,
+        masked=lesson.masked,
+    )
 
 
 def _zeros(pipe: DiffusionPipeline, layers: Sequence[str]) -> dict[str, Tensor]:
@@ -232,11 +236,7 @@ def _concept(
     lesson: Lesson, residuals: Mapping[str, Tensor], config: LearnConfig, step: int, base: BaseInfo
 ) -> Concept:
     """What is learned by now, at the strength that is held, on its file's grid."""
-    settings = {**_plain(config), "steps": step, "learning_rate": _rate(lesson, config)}
-    settings |= {"flip": lesson.flipped, "masked": lesson.masked}
-    settings.pop("max_timestep", None)
-    if limit := _limit(lesson, config):
-        settings["max_timestep"] = limit
+    settings = {**_plain(config), "steps": step}
     held = {path: config.strength * learned for path, learned in _on_cpu(residuals).items()}
     return Concept(lesson.name, lesson.word, held, settings, base).on_grid(config.scheme)
 
