@@ -42,8 +42,9 @@ def test_a_job_tells_all_that_decides_it(tmp_path):
         replace(tuned, method="dreambooth-lora").name,
         replace(tuned, settings={**tuned.settings, "prior_weight": 2.0}).name,
         replace(tuned, strengths=(0.5,)).name,
+        next(job.name for job in jobs(load_grid(tmp_path / "own.toml", {"methods.dreambooth.max_timestep": 650}))),
     }
-    assert len(names) == 4
+    assert len(names) == 5
 
 
 def test_a_file_and_overrides(tmp_path):
@@ -67,6 +68,8 @@ def test_a_file_and_overrides(tmp_path):
         ({"subjects_seed": -1}, "greater than or equal to 0"),
         ({"seeds": [0, 1, 0]}, "0 is there twice; give each once"),
         ({"methods.dreambooth.prior": "32"}, "prior is '32'; give a whole number of pictures, 0 for none"),
+        ({"methods.dreambooth.max_timestep": 0}, "dreambooth: max_timestep is 0; give a whole number of at least 1"),
+        ({"methods.perfusion.max_timestep": 650}, "perfusion has no setting 'max_timestep'"),
         ({"points": [5, 5]}, r"'points' is \[5, 5\]: give steps that rise from 1 on"),
         ({"methods.dreambooht": {}}, "'dreambooht' is no method; use one of class-word"),
         ({"methods.infusion.lr": 0.1}, "infusion has no setting 'lr'; use one of"),

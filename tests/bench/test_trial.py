@@ -26,7 +26,7 @@ def guess():
 @pytest.mark.parametrize("label", ["class-word", "infusion", "dreambooth-prior", "perfusion"])
 def test_a_job(label, guess, monkeypatch):
     monkeypatch.setattr(trial, "load_judge", lambda: guess)
-    settings: dict[str, object] = {"methods.dreambooth-prior.prior": 2}
+    settings: dict[str, object] = {"methods.dreambooth-prior.prior": 2, "methods.dreambooth-prior.max_timestep": 900}
     settings |= {f"methods.{drawn_in_part}.strengths": [1.0, 0.5] for drawn_in_part in ("infusion", "dreambooth-prior")}
     (job,) = jobs(load_grid(None, SMALL | settings), (label,))
     record = json.loads(json.dumps(trial.run_job(job, threads=torch.get_num_threads()), allow_nan=False))
@@ -41,6 +41,7 @@ def test_a_job(label, guess, monkeypatch):
         assert last["forgetting"] == last["forgetting_class_word"] == 0
     else:
         assert last["forgetting"] > 0
+    assert record["job"]["settings"].get("max_timestep") == (900 if label == "dreambooth-prior" else None)
     if label == "dreambooth-prior":  # half a change of all weights moves the base half as far
         full, half = (p["forgetting"] for p in record["points"][-2:])
         assert half < 0.5 * full

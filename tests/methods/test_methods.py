@@ -138,6 +138,34 @@ def test_part_of_what_other_methods_learned(pipe, lesson, method):
     assert torch.equal(pipe.unet(draw.noisy, draw.timesteps, **draw.kwargs).sample, base)
 
 
+@pytest.mark.parametrize("method", ["dreambooth", "dreambooth-lora"])
+def test_from_its_limit_on_the_base_draws(pipe, lesson, method):
+    learn, config = METHODS[method]
+    *_, last = learn(pipe, lesson, config(steps=3, batch=2, learning_rate=0.05), max_timestep=500)
+    limited = replace(last.adapter, strength=0.5)
+    draw = lesson.draw(3, torch.Generator().manual_seed(0))
+
+    def predictions(unet):
+        with torch.no_grad():
+            return [unet(draw.noisy, timestep=t, **draw.kwargs).sample for t in (torch.tensor([500] * 3), 499)]
+
+    base = predictions(pipe.unet)
+    own_forward = pipe.unet.forward = partial(type(pipe.unet).forward, pipe.unet)  # as accelerate's offloading does
+    with limited.attached(pipe) as custom:
+        drawn = predictions(custom.unet)
+        with pytest.raises(InfusionError, match=r"\[500, 499, 499\] lie on both sides of 500"):
+            custom.unet(draw.noisy, torch.tensor([500, 499, 499]), **draw.kwargs)
+    with replace(limited, max_timestep=None).attached(pipe) as custom:
+        whole = predictions(custom.unet)
+    assert torch.equal(drawn[0], base[0])
+    assert torch.equal(drawn[1], whole[1])
+    assert all((w - b).abs().max() > 1e-3 for w, b in zip(whole, base, strict=True))
+    assert pipe.unet.forward is own_forward
+    assert "forward" not in vars(last.adapter.unet)
+    with pytest.raises(InfusionError, match="max_timestep is 0; it must be at least 1"):
+        next(learn(pipe, lesson, max_timestep=0))
+
+
 def test_a_strength_is_for_drawing_alone(pipe, lesson):
     drawn = []
     *_, last = infusion(pipe, lesson, LearnConfig(3, 2, 0.5))
@@ -207,32 +235,35 @@ def test_residuals_on_keys_equal_the_equation(pipe):
         _ = attachment.streams
 
 
-def test_dreambooth_equals_a_plain_loop(pipe, lesson):
+@pytest.mark.parametrize("limit", [None, 300])
+def test_dreambooth_equals_a_plain_loop(pipe, lesson, limit):
     unet = copy.deepcopy(pipe.unet)
     optimizer = torch.optim.AdamW(unet.parameters(), 1e-3, weight_decay=1e-2)
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
-        loss = mse(unet, lesson.draw(2, generator))
+        loss = mse(unet, lesson.draw(2, generator, limit))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
-    *_, state = SMALL["dreambooth"](pipe, lesson)
+    *_, state = dreambooth(pipe, lesson, DreamBoothConfig(3, 2, 1e-3), max_timestep=limit)
     tuned = state.adapter.unet
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(unet.parameters(), tuned.parameters(), strict=True))
 
 
-def test_dreambooth_with_a_prior_and_an_identifier(pipe, lesson):
+@pytest.mark.parametrize("limit", [None, 300])
+def test_dreambooth_with_a_prior_and_an_identifier(pipe, lesson, limit):
     prior = prior_lesson(pipe, lesson, count=4, steps=1)
     assert len(prior.latents) == 4
     assert float(prior.masks.min()) == 1
     config = DreamBoothConfig(1, 2, 1e-3, identifier="sks", prior_weight=0.5)
-    state = next(dreambooth(pipe, lesson, config, prior))
+    state = next(dreambooth(pipe, lesson, config, prior, limit))
     assert state.adapter.subject == "a sks dog"
-    drawn = lesson.draw(2, torch.Generator().manual_seed(0))
+    drawn = lesson.draw(2, torch.Generator().manual_seed(0), limit)
     captions = [lesson.templates[i].format("sks dog") for i in drawn.captions.tolist()]
     states = pipe.encode_prompt(captions, "cpu", 1, False)[0]
-    expected = mse(pipe.unet, drawn, states) + 0.5 * mse(pipe.unet, prior.draw(2, torch.Generator().manual_seed(1)))
+    of_prior = mse(pipe.unet, prior.draw(2, torch.Generator().manual_seed(1), limit))
+    expected = mse(pipe.unet, drawn, states) + 0.5 * of_prior
     assert state.loss == pytest.approx(float(expected.detach()), rel=1e-4)
 
 

@@ -91,8 +91,10 @@ class Grid(BaseModel):
                 raise ValueError(f"{label} preserves no prior; take prior out")
             if type(prior := settings.get("prior", 0)) is not int or prior < 0:
                 raise ValueError(f"{label}: prior is {prior!r}; give a whole number of pictures, 0 for none")
+            if type(limit := settings.get("max_timestep", 1)) is not int or limit < 1:
+                raise ValueError(f"{label}: max_timestep is {limit!r}; give a whole number of at least 1")
             _check_strengths(label, settings.get("strengths", (1.0,)), name in STRENGTH)
-            known = {f.name for f in fields(config)} - {"steps", "batch", "seed"}
+            known = {f.name for f in fields(config)} - {"steps", "batch", "seed"} | ({"max_timestep"} & taken)
             if bad := settings.keys() - known - {*_OURS}:
                 raise ValueError(f"{label} has no setting {sorted(bad)[0]!r}; use one of {', '.join(sorted(known))}")
         return methods

@@ -19,9 +19,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from infusion.config import hold_types
+from infusion.errors import InfusionError
 from infusion.generation import generate
 from infusion.lesson import Draw, Lesson, encode_texts, prepare_lesson
-from infusion.methods.interface import MethodState, check_precision, rebuilt
+from infusion.methods.interface import MethodState, below, check_precision, rebuilt
 from infusion.photos import Photo
 from infusion.streams import require_unet
 
@@ -44,11 +45,12 @@ class DreamBoothConfig:
 
 @dataclass(frozen=True)
 class TunedUNet:
-    """A whole UNet. strength: below 1 its weights are taken between the base's and its own."""
+    """A whole UNet. strength: below 1 its weights are taken between the base's and its own. max_timestep: from there on the base draws."""
 
     subject: str
     unet: nn.Module
     strength: float = 1.0
+    max_timestep: int | None = None
 
     def tensors(self) -> Mapping[str, Tensor]:
         """All weights."""
@@ -57,10 +59,11 @@ class TunedUNet:
     @contextmanager
     def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
         """A pipeline with this UNet, in evaluation mode, in place of the base's."""
-        training = self.unet.training
-        unet = self.unet if self.strength == 1 else self._between(require_unet(pipe))
+        training, base = self.unet.training, require_unet(pipe)
+        unet = self.unet if self.strength == 1 else self._between(base)
         try:
-            yield rebuilt(pipe, unet=unet.eval())
+            with below(self.max_timestep, unet, base):
+                yield rebuilt(pipe, unet=unet.eval())
         finally:
             self.unet.train(training)
 
@@ -73,9 +76,14 @@ class TunedUNet:
 
 
 def dreambooth(
-    pipe: DiffusionPipeline, lesson: Lesson, config: DreamBoothConfig | None = None, prior: Lesson | None = None
+    pipe: DiffusionPipeline,
+    lesson: Lesson,
+    config: DreamBoothConfig | None = None,
+    prior: Lesson | None = None,
+    max_timestep: int | None = None,
 ) -> Iterator[MethodState]:
-    """Train a copy of the pipeline's UNet, yielding after every step. prior: pictures of the class, from `prior_lesson`."""
+    """Train a copy of the pipeline's UNet, yielding after every step. prior: pictures of the class, from `prior_lesson`. max_timestep:
+    learned and drawn below it alone, as a concept is (`LearnConfig`), which the paper does not do."""
     config = config or DreamBoothConfig()
     check_precision(pipe, own_weights=True)
     called = f"{config.identifier} {lesson.word}".strip()
@@ -83,7 +91,8 @@ def dreambooth(
         captions = [t.format(called) for t in lesson.templates]
         lesson = replace(lesson, texts=encode_texts(pipe, captions, {}, lesson.name))
     unet = copy.deepcopy(require_unet(pipe)).requires_grad_(True).train()
-    yield from preserving(unet, list(unet.parameters()), lesson, prior, config, TunedUNet(f"a {called}", unet))
+    adapter = TunedUNet(f"a {called}", unet, max_timestep=max_timestep)
+    yield from preserving(unet, list(unet.parameters()), lesson, prior, config, adapter, max_timestep)
 
 
 def preserving(
@@ -93,18 +102,24 @@ def preserving(
     prior: Lesson | None,
     config: Any,
     adapter: Any,
+    max_timestep: int | None = None,
     states: Callable[[Draw], Tensor] | None = None,
 ) -> Iterator[MethodState]:
     """The training loop of methods with prior preservation: AdamW on `learned`, gradients clipped to norm 1. config: has steps, batch,
-    learning_rate, prior_weight and seed. states: a draw's text states, where they are learned too; the prior keeps its own."""
+    learning_rate, prior_weight and seed. max_timestep: timesteps, the prior's too, are drawn below it. states: a draw's text states, where
+    they are learned too; the prior keeps its own."""
+    if max_timestep is not None and max_timestep < 1:
+        raise InfusionError(f"max_timestep is {max_timestep}; it must be at least 1.")
     optimizer = torch.optim.AdamW(learned, config.learning_rate, weight_decay=1e-2)
     generator = torch.Generator().manual_seed(config.seed)
     prior_generator = torch.Generator().manual_seed(config.seed + 1)  # photos are drawn alike with and without a prior
     for step in range(1, config.steps + 1):
-        draw = lesson.draw(config.batch, generator)
+        draw = lesson.draw(config.batch, generator, max_timestep)
         loss = denoising_loss(unet, draw, states(draw) if states else None)
         if prior is not None:
-            loss = loss + config.prior_weight * denoising_loss(unet, prior.draw(config.batch, prior_generator))
+            loss = loss + config.prior_weight * denoising_loss(
+                unet, prior.draw(config.batch, prior_generator, max_timestep)
+            )
         loss.backward()
         nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()

@@ -12,14 +12,14 @@ noise of each step from the same seed in the same order.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from infusion.errors import InfusionError
 from infusion.streams import require_unet
@@ -66,6 +66,33 @@ def check_precision(pipe: DiffusionPipeline, own_weights: bool = False) -> None:
         raise InfusionError(
             f"The base is in {str(dtype).removeprefix('torch.')}, too coarse for this method; load it in {remedy}."
         )
+
+
+@contextmanager
+def below(max_timestep: int | None, unet: nn.Module, base: Callable[..., Any]) -> Iterator[None]:
+    """Within the block calls of `unet` at timesteps from `max_timestep` on are answered by `base`; with None all are its own.
+
+    Raises InfusionError for a call with rows on both sides."""
+    if max_timestep is None:
+        yield
+        return
+    own, replaced = unet.forward, unet.__dict__.get("forward")  # accelerate's offloading replaces it too
+
+    def forward(sample: Tensor, timestep: Tensor | float, *args: Any, **kwargs: Any) -> Any:
+        early = torch.as_tensor(timestep) >= max_timestep
+        if early.any() != early.all():
+            raise InfusionError(
+                f"The timesteps {torch.as_tensor(timestep).tolist()} lie on both sides of {max_timestep}; call each side for itself."
+            )
+        return (base if early.any() else own)(sample, timestep, *args, **kwargs)
+
+    unet.forward = forward
+    try:
+        yield
+    finally:
+        del unet.forward
+        if replaced is not None:
+            unet.forward = replaced
 
 
 def rebuilt(pipe: DiffusionPipeline, **components: Any) -> DiffusionPipeline:

@@ -7,7 +7,7 @@ cross-attention (LoRA, arXiv 2106.09685).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from infusion.config import hold_types
 from infusion.lesson import Lesson
 from infusion.methods.dreambooth import preserving
-from infusion.methods.interface import MethodState, check_precision
+from infusion.methods.interface import MethodState, below, check_precision
 from infusion.streams import require_unet
 
 _NAME = "infusion_lora"
@@ -44,11 +44,12 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank matrices on a copy of the UNet. strength: its scale when drawing."""
+    """Low-rank matrices on a copy of the UNet. strength: its scale when drawing. max_timestep: from there on the base draws."""
 
     subject: str
     unet: nn.Module
     strength: float = 1.0
+    max_timestep: int | None = None
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The matrices, under peft's names."""
@@ -63,7 +64,9 @@ class Lora:
             if error is not None:
                 raise error
             pipe.set_adapters(_NAME, self.strength)
-            yield pipe
+            unet = require_unet(pipe)
+            with below(self.max_timestep, unet, _without_adapters(unet)):
+                yield pipe
 
 
 @contextmanager
@@ -101,6 +104,19 @@ def loaded_lora(pipe: DiffusionPipeline, source: Any, **kwargs: Any) -> Iterator
             pipe.unload_lora_weights()
 
 
+def _without_adapters(unet: Any) -> Callable[..., Any]:
+    forward = unet.forward
+
+    def base(*args: Any, **kwargs: Any) -> Any:
+        unet.disable_adapters()
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            unet.enable_adapters()
+
+    return base
+
+
 def _lora_layers(pipe: DiffusionPipeline) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -113,9 +129,13 @@ def _loaded(pipe: DiffusionPipeline) -> bool:
 
 
 def dreambooth_lora(
-    pipe: DiffusionPipeline, lesson: Lesson, config: LoraConfig | None = None, prior: Lesson | None = None
+    pipe: DiffusionPipeline,
+    lesson: Lesson,
+    config: LoraConfig | None = None,
+    prior: Lesson | None = None,
+    max_timestep: int | None = None,
 ) -> Iterator[MethodState]:
-    """Train a LoRA on a copy of the pipeline's UNet, yielding after every step. Needs peft."""
+    """Train a LoRA on a copy of the pipeline's UNet, yielding after every step. max_timestep: as for `dreambooth`. Needs peft."""
     import peft
 
     config = config or LoraConfig()
@@ -130,4 +150,5 @@ def dreambooth_lora(
         )
     cast_training_params(unet)  # LoRA weights train in fp32 also under an fp16 UNet
     learned = [p for p in unet.parameters() if p.requires_grad]
-    yield from preserving(unet, learned, lesson, prior, config, Lora(f"a {lesson.word}", unet))
+    adapter = Lora(f"a {lesson.word}", unet, max_timestep=max_timestep)
+    yield from preserving(unet, learned, lesson, prior, config, adapter, max_timestep)
