@@ -118,6 +118,13 @@ def test_what_a_prompt_asks_for():
     assert asked_in("a dog next to a car on the street") == {"background": None, "style": None, "position": None}
     assert asked_in("a neon picture of a cat in the city")["style"] == "neon"  # not "a picture of"
     assert asked_in("a photo of a dog on desert sand")["background"] == "desert"
+    assert asked_in("On the beach, a dog.")["background"] == "beach"
+    assert asked_in("a photo of a dog in sepia, in the snow.") == {
+        "background": "snow",
+        "style": "sepia",
+        "position": None,
+    }
+    assert asked_in("a photo of a dog")["style"] == "photo"
 
 
 class Told:

@@ -36,6 +36,7 @@ WORLD = (
     "scenes",
     "captions",
     "tokenizer",
+    "arrays",
     "dataset",
     "models",
     "grounding",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,17 @@ import pytest
 import torch
 
 from infusion.world import examination, picking
-from infusion.world.examination import ceiling, copying, draw, examine_base, followed, nearest_distance, variety
+from infusion.world.dataset import build_dataset, load_dataset
+from infusion.world.examination import (
+    ceiling,
+    copying,
+    draw,
+    examine_base,
+    followed,
+    nearest_distance,
+    training_pixels,
+    variety,
+)
 from infusion.world.judge import Judge, JudgeNetwork, Reading
 from infusion.world.models import build_pipeline, build_text_encoder, build_unet
 from infusion.world.picking import BEST, keep_best, save_best
@@ -48,6 +59,8 @@ def test_variety_beside_the_worlds_shares():
     assert found["color1"]["shares"]["red"] == 0.75
     assert found["color1"]["distance"] == pytest.approx((0.65 + 0.15 + 8 * 0.1) / 2)
     assert (found["pattern"]["n"], found["pattern"]["distance"]) == (3, 0.75)
+    alike = [sum(abs(triple.count(v) / 3 - 0.25) for v in range(4)) / 2 for triple in product(range(4), repeat=3)]
+    assert found["pattern"]["by_chance"] == pytest.approx(np.mean(alike), abs=0.01)  # three draws, four equal shares
     assert found["accessory"]["missing"] == ["hat", "scarf", "star"]
     assert variety(readings[-1:])["color1"]["distance"] == 1  # nothing is told, nothing is as in the world
 
@@ -98,9 +111,21 @@ def test_a_base_is_examined(pipe):
     assert torch.equal(again, draw(pipe, ["a dog", "a cat"], [1, 2], steps=2))
     assert again.shape == (2, 64, 64, 3)
     training = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
-    found = copying(pipe, training, count=2)
+    found = copying(pipe, [training[:2], training[2:]], count=2)
     assert found["generated"]["n"] == 2
     assert found["fresh"]["value"] > 0
+    assert found["nearer"]["n"] == 2
+    assert found["scenes"] == 5
+    copied = draw(pipe, [r.prompt for _, r in unseen_scenes(2, 0)], range(10_000, 10_002)).numpy()
+    found = copying(pipe, [training, copied], count=2)
+    assert found["generated"]["value"] == pytest.approx(0, abs=1e-3)
+    assert found["nearer"]["value"] == 1
+
+
+def test_the_scenes_of_a_training_are_drawn_again(tmp_path):
+    assert list(build_dataset(tmp_path / "a", 3, seed=4, workers=1)) == [3]
+    again = training_pixels(tmp_path / "b", 3, 4, workers=1)
+    assert np.array_equal(again, load_dataset(tmp_path / "a").pixels)
 
 
 def test_the_score_weighs_what_is_asked_for_and_what_is_left_open(monkeypatch):

@@ -319,13 +319,19 @@ def test_perfect_maps_have_no_loss_left_and_read_right(data):
     losses = judge_losses(maps, told, JudgeConfig())
     assert all(float(losses[name]) < 0.05 for name in (*SUBJECT_HEADS, *SCENE_HEADS))
 
+    padded = torch.nn.functional.pad(
+        pixels_to_tensor(torch.from_numpy(np.array(data.pixels))), (0, 0, 1, 1), mode="replicate"
+    )
+    upright = [padded[:, :, row : row + 64] for row in range(3)]  # the views of `look`
+
     class Oracle(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.anchor = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, pictures: torch.Tensor) -> Maps:
-            turned = not torch.equal(pictures, pixels_to_tensor(torch.from_numpy(np.array(data.pixels))))
+            turned = any(torch.equal(pictures.flip(-1), view) for view in upright)
+            assert turned or any(torch.equal(pictures, view) for view in upright)
             there = {name: v.flip(-1) if turned else v for name, v in maps.subject.items()}
             return Maps(maps.heat.flip(-1) if turned else maps.heat, there, maps.scene, maps.embedding)
 
@@ -378,9 +384,11 @@ def test_training_learns_and_resumes(data, tmp_path):
 
     def run(folder, stop):
         torch.manual_seed(0)
-        seen = []
-        for step, _, losses in train_judge(JudgeNetwork(), data, None, folder, config, Accelerator(cpu=True)):
-            seen.append((step, sum(losses.values())))
+        seen, shown = [], []
+        network = JudgeNetwork()
+        network.register_forward_pre_hook(lambda module, args: shown.append(args[0].clone()))
+        for step, _, losses in train_judge(network, data, None, folder, config, Accelerator(cpu=True)):
+            seen.append((step, sum(losses.values()), shown.pop()))
             if step == stop:
                 return seen
         return seen
@@ -391,8 +399,10 @@ def test_training_learns_and_resumes(data, tmp_path):
     again.mkdir()
     run(again, 3)  # stops one step after its checkpoint
     resumed = run(again, 4)
-    assert [step for step, _ in resumed] == [3, 4]
+    assert [step for step, _, _ in resumed] == [3, 4]
     assert resumed[0][1] == pytest.approx(straight[2][1], rel=1e-3)
+    for before, after in zip(straight[2:4], resumed, strict=True):  # noise and all
+        assert torch.equal(before[2], after[2])
     thresholds = calibrate(JudgeNetwork(), data, None)
     assert set(thresholds) == {*SUBJECT_HEADS, *SCENE_HEADS, "same", "embedding"}
     figures = examine(JudgeNetwork(), data, 5.0)

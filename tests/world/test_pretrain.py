@@ -1,4 +1,4 @@
-"""Pretraining in small: every stage runs, resumes, and what is shipped equals what was trained."""
+"""Pretraining in small: every stage of learning runs, resumes, and what is shipped equals what was trained."""
 
 from __future__ import annotations
 

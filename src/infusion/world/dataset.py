@@ -7,16 +7,15 @@ any order, and extended later.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from infusion.cores import usable_cores
+from infusion.world.arrays import draw_arrays, load_arrays
 from infusion.world.captions import Caption, caption
 from infusion.world.scenes import SIDE, Scene, held_out, random_scene, render
 from infusion.world.tokenizer import MAX_LENGTH, build_tokenizer, span_positions
@@ -25,7 +24,6 @@ from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS, scene_labels,
 MAX_SUBJECTS = 3
 CAPTIONS_PER_SCENE = 4
 GRID = 16  # masks are kept at the latent resolution
-_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -63,34 +61,12 @@ def training_scene(seed: int, index: int) -> tuple[Scene, np.random.Generator]:
 def build_dataset(folder: Path, count: int, seed: int = 0, workers: int | None = None) -> Iterator[int]:
     """Draw `count` scenes into `folder`, yielding how many are done. Does nothing where they exist; where an array of theirs is missing,
     all are drawn again, the same."""
-    whole = (folder / "done").exists() and all((folder / f"{name}.npy").exists() for name in _LAYOUT)
-    if whole and len(load_dataset(folder)) == count:
-        yield count
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "done").unlink(missing_ok=True)
-    arrays = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(count, *shape))
-        for name, (dtype, shape) in _LAYOUT.items()
-    }
-    starts = range(0, count, _CHUNK)
-    with ProcessPoolExecutor(workers or usable_cores()) as pool:
-        for start, chunk in zip(
-            starts,
-            pool.map(_draw_chunk, *zip(*((seed, s, min(_CHUNK, count - s)) for s in starts), strict=True)),
-            strict=True,
-        ):
-            for name, values in chunk.items():
-                arrays[name][start : start + len(values)] = values
-            yield start + len(chunk["pixels"])
-    for array in arrays.values():
-        array.flush()
-    (folder / "done").touch()
+    return draw_arrays(folder, _LAYOUT, count, partial(_draw, seed), workers=workers)
 
 
 def load_dataset(folder: Path) -> Dataset:
     """The set drawn into `folder` by `build_dataset`."""
-    return Dataset(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _LAYOUT})
+    return Dataset(**load_arrays(folder, _LAYOUT))
 
 
 @dataclass(frozen=True)
@@ -154,7 +130,7 @@ def _tokenizer():
     return build_tokenizer()
 
 
-def _draw_chunk(seed: int, start: int, count: int) -> dict[str, np.ndarray]:
+def _draw(seed: int, start: int, count: int) -> dict[str, np.ndarray]:
     chunk = {name: np.zeros((count, *shape), dtype) for name, (dtype, shape) in _LAYOUT.items()}
     for i in range(count):
         scene, rng = training_scene(seed, start + i)

@@ -1,9 +1,9 @@
-"""The base examined by the judge: python -m infusion.world.examination --folder runs/base
+"""The base examined by the judge: python -m infusion.world.examination
 
 Draws pictures of combinations that training never saw and of plain prompts, has the judge read them,
 and writes examination.json beside the weights: how often class, background, style and what else was
-asked for are right, whether what is not named varies as it does in the world, and whether pictures are
-nearer to training scenes than fresh scenes are. Knows nothing of concepts.
+asked for are right, whether what is not named varies as it does in the world, and, with --copies-of, whether
+pictures are nearer to training scenes than fresh scenes are. Knows nothing of concepts.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,14 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from infusion.metrics.estimate import Estimate, bootstrap, rate
-from infusion.world.dataset import load_dataset
+from infusion.world.arrays import draw_arrays, load_arrays
+from infusion.world.dataset import training_scene
 from infusion.world.judge import Judge, Reading, load_judge
 from infusion.world.models import build_pipeline, pixels_to_tensor
 from infusion.world.questions import answers, both, shown
 from infusion.world.release import PARTS, WEIGHTS, read_index, read_weights
 from infusion.world.requests import Request, unseen_requests, unseen_scenes
-from infusion.world.scenes import Scene, held_out, random_scene, render
+from infusion.world.scenes import SIDE, Scene, render
 from infusion.world.truth import SHARES, SUBJECT_HEADS
 from infusion.world.vocabulary import BACKGROUND_PHRASES, BACKGROUNDS, CLASSES
 
@@ -90,7 +93,8 @@ def varied(pipe: StableDiffusionPipeline, judge: Judge, count: int, first: int) 
 
 def variety(readings: Sequence[Reading]) -> dict[str, dict[str, Any]]:
     """Of pictures whose prompts name nothing but class and background: the share of each colour, pattern and accessory
-    among those read, and the total variation distance to the world's own shares, 1 where nothing can be read."""
+    among those read, and the total variation distance to the world's own shares, 1 where nothing can be read; beside it what as many draws
+    from the world's shares have on average, since a few never meet them."""
     found = {}
     for name in ("color1", "pattern", "accessory"):
         world = dict(zip(SUBJECT_HEADS[name], SHARES[name], strict=True))
@@ -100,10 +104,16 @@ def variety(readings: Sequence[Reading]) -> dict[str, dict[str, Any]]:
         found[name] = {
             "shares": shares,
             "distance": distance,
+            "by_chance": _chance_distance(len(told), tuple(world.values())),
             "n": len(told),
             "missing": [v for v in world if not shares[v]],
         }
     return found
+
+
+def _chance_distance(n: int, shares: tuple[float, ...], draws: int = 4000) -> float:
+    found = np.random.default_rng(0).multinomial(n, shares, draws) / max(1, n)
+    return float(np.abs(found - np.array(shares)).sum(1).mean() / 2)
 
 
 def nearest_distance(pictures: Tensor, training: np.ndarray, side: int = 32, block: int = 4096) -> Tensor:
@@ -148,15 +158,37 @@ def _coded(pipe: StableDiffusionPipeline, scenes: Sequence[Scene], batch: int = 
     return ((torch.cat(parts) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
 
 
-def copying(pipe: StableDiffusionPipeline, training: np.ndarray, count: int = 200, seed: int = 0) -> dict[str, Any]:
-    """Median distance to the nearest training scene of the base's pictures and of fresh held-out scenes, the latter through the
-    autoencoder, since what is smoother lies nearer to everything."""
-    requests = unseen_requests(count, seed)
-    generated = draw(pipe, [r.prompt for r in requests], range(10_000, 10_000 + count))
-    rng = np.random.default_rng((seed, 99))
-    scenes = [s for s in (random_scene(rng) for _ in range(20 * count)) if len(s.subjects) == 1 and held_out(s)][:count]
-    median = lambda x: asdict(bootstrap(nearest_distance(x, training), lambda d: d.median()))  # noqa: E731
-    return {"generated": median(generated), "fresh": median(_coded(pipe, scenes))}
+def copying(
+    pipe: StableDiffusionPipeline, training: Sequence[np.ndarray], count: int = 200, seed: int = 0
+) -> dict[str, Any]:
+    """Distances to the nearest scene of `training`, sets of (n, h, w, 3) uint8, of the base's pictures for `unseen_requests` and of those
+    requests' true scenes through the autoencoder, since what is smoother lies nearer to everything: the medians, and the share of the base's
+    pictures that lie nearer than all but one in a hundred of the true ones."""
+    scenes, requests = zip(*unseen_scenes(count, seed), strict=True)
+    drawn = draw(pipe, [r.prompt for r in requests], range(10_000, 10_000 + count))
+    distance = lambda x: torch.stack([nearest_distance(x, part) for part in training]).amin(0)  # noqa: E731
+    generated, fresh = distance(drawn), distance(_coded(pipe, scenes))
+    median = lambda x: asdict(bootstrap(x, lambda d: d.median()))  # noqa: E731
+    return {
+        "generated": median(generated),
+        "fresh": median(fresh),
+        "nearer": asdict(rate(generated < fresh.quantile(0.01))),
+        "scenes": sum(map(len, training)),
+    }
+
+
+def training_pixels(folder: Path, count: int, seed: int, workers: int | None = None) -> np.ndarray:
+    """The scenes of the training of `seed`, (count, h, w, 3) uint8, drawn again into `folder`."""
+    for _ in draw_arrays(folder, _LAYOUT, count, partial(_draw_training, seed), workers=workers):
+        pass
+    return load_arrays(folder, _LAYOUT)["pixels"]
+
+
+_LAYOUT = {"pixels": (np.uint8, (SIDE, SIDE, 3))}
+
+
+def _draw_training(seed: int, start: int, count: int) -> dict[str, np.ndarray]:
+    return {"pixels": np.stack([render(training_scene(seed, start + i)[0]).pixels for i in range(count)])}
 
 
 def _reduced(pictures: Tensor, side: int) -> Tensor:
@@ -178,29 +210,23 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder with index.json")
-    parser.add_argument(
-        "--folder", type=Path, help="folder of `infusion.world.pretrain`, to look for copies of its scenes"
-    )
+    parser.add_argument("--out", type=Path, help="by default examination.json beside the weights")
+    parser.add_argument("--copies-of", type=int, nargs="*", default=[], help="seeds of trainings, to look for copies")
+    parser.add_argument("--scenes", type=int, default=40_000, help="of each of these trainings")
     parser.add_argument("--single", type=int, default=800)
     parser.add_argument("--double", type=int, default=240)
     args = parser.parse_args()
-    training = None
-    if args.folder:
-        try:
-            training = load_dataset(args.folder / "data").pixels
-        except FileNotFoundError as e:
-            parser.error(
-                f"--folder is {str(args.folder)!r}, where {e.filename!r} is missing; give the folder of a training, or none."
-            )
     pipe, judge = load_pipeline(args.weights), load_judge()
     record = {
         "sha256": read_index(args.weights)["sha256"],
         **examine_base(pipe, judge, args.single, args.double),
         "ceiling": ceiling(pipe, judge, args.single, args.double),
     }
-    if training is not None:
-        record["copying"] = copying(pipe, training)
-    (args.weights / "examination.json").write_text(json.dumps(record, indent=1) + "\n")
+    if args.copies_of:
+        with TemporaryDirectory() as folder:
+            sets = [training_pixels(Path(folder) / str(seed), args.scenes, seed) for seed in args.copies_of]
+            record["copying"] = copying(pipe, sets) | {"seeds": args.copies_of}
+    (args.out or args.weights / "examination.json").write_text(json.dumps(record, indent=1) + "\n")
     for name, e in record["followed"].items():
         print(f"{name:12} {Estimate(**e)}, a base without fault {Estimate(**record['ceiling'][name])}")
     print(json.dumps({k: v for k, v in record.items() if k not in ("followed", "ceiling")}, indent=1))

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -108,7 +109,6 @@ def train_judge(
     accelerator: Accelerator,
 ) -> Iterator[tuple[int, float, dict[str, float]]]:  # fmt: skip
     """Train by the clock, yielding (step, seconds, losses); the network holds the averaged weights at the end."""
-    torch.manual_seed(config.seed)
     device = accelerator.device
     network.to(device, memory_format=torch.channels_last).train()
     if autoencoder is not None:
@@ -119,6 +119,7 @@ def train_judge(
     run = Run(network, optimizer, config, folder / "judge.pt")
     while run.unfinished:
         rng = np.random.default_rng((config.seed, run.step))
+        torch.manual_seed(int(np.random.default_rng((config.seed, 23, run.step)).integers(2**31)))  # for `corrupt`
         chosen = rng.choice(len(data) // VIEWS, config.families, replace=False)
         rows = (chosen[:, None] * VIEWS + np.arange(VIEWS)).ravel()
         pictures = pixels_to_tensor(torch.from_numpy(data.pixels[rows])).to(device)
@@ -162,20 +163,20 @@ def main() -> None:
     autoencoder = load_encoded(args.base)[0] if args.base else shipped_autoencoder()
     autoencoder.requires_grad_(False)
     network = load_judge().network if config.from_weights else JudgeNetwork()
-    sums: dict[str, float] = {}
+    recent: list[dict[str, float]] = []  # since the last line of the log
     for step, seconds, losses in train_judge(
         network, load_families(args.folder / "train"), autoencoder, args.folder, config, accelerator
     ):
-        sums = {name: sums.get(name, 0.0) + value / 100 for name, value in losses.items()}
+        recent.append(losses)
         if step % 100 == 0:
             log(
                 args.folder,
                 stage="judge",
                 step=step,
                 seconds=round(seconds),
-                **{k: round(v, 4) for k, v in sums.items()},
+                **{name: round(fmean(part[name] for part in recent), 4) for name in losses},
             )
-            sums = {}
+            recent = []
     network.cpu()
     autoencoder.cpu()
     test = load_families(args.folder / "test")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from infusion.world.judge import Reading, SubjectReading
@@ -50,13 +51,15 @@ def asked(request: Request) -> dict[str, str | None]:
 def asked_in(prompt: str) -> dict[str, str | None]:
     """Background, style and position that a prompt's words ask for, None for what they leave open. A prompt without a style asks for
     none, though the world takes it for a photo."""
-    text = f" {prompt.lower()} "
+    text = re.sub(r"\W+", " ", f" {prompt.lower()} ")
     phrases = {
         "background": BACKGROUND_PHRASES,
         "style": {s: (*STYLE_PREFIXES[s], *STYLE_SUFFIXES[s]) for s in STYLES},
         "position": POSITION_PHRASES,
     }
-    return {name: _longest(text, meanings) for name, meanings in phrases.items()}
+    found = {name: _longest(text, meanings) for name, meanings in phrases.items()}
+    others = {style: said for style, said in phrases["style"].items() if style != "photo"}
+    return found | {"style": _longest(text, others) or found["style"]}  # "a photo of a dog in sepia"
 
 
 def _longest(text: str, meanings: Mapping[str, Sequence[str]]) -> str | None:

@@ -1,11 +1,11 @@
 """The reader: tells from noised latents what a scene shows. The base's training is rewarded by it (`reward.py`).
 
 It is not the judge and shares no weights with it: another network, over latents and noise where the judge looks at pictures, learned from
-the base's own training scenes alone, never from held-out combinations. So the judge goes on looking from outside.
+the base's own training scenes alone. So the judge goes on looking from outside.
 
 It reads style and background at every cell, and that a colour is not there. Else a drawing whose subject is coloured in a sketch would be a
 sketch to it, and one with an easier subject (docs/log.md). Since all cells of a scene have one style, subjects of other scenes are pasted
-into part of what it learns from.
+into part of what it learns from: the reader, not the base, meets held-out combinations so, as pieces of two scenes.
 """
 
 from __future__ import annotations

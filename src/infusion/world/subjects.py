@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -155,11 +156,12 @@ def _darker(rgb: RGB) -> RGB:
     return r, g, b
 
 
+@cache
 def _pattern(name: str, color1: RGB, color2: RGB) -> Image.Image | None:
-    """Colour 1 with the pattern in colour 2, as large as the canvas; None for a plain body."""
-    y, x = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32) / (CANVAS / 100)
+    """Colour 1 with the pattern in colour 2, as large as the canvas, to paste from; None for a plain body."""
     if name == "plain":
         return None
+    y, x = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32) / (CANVAS / 100)
     if name == "spotted":  # hexagonal grid of dots
         row = np.floor(y / 13)
         on = np.hypot((x + 7.5 * (row % 2)) % 15 - 7.5, y % 13 - 6.5) < 4.7

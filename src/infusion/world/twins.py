@@ -7,13 +7,13 @@ then; its truth is kept per subject.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from infusion.cores import usable_cores
+from infusion.world.arrays import draw_arrays, load_arrays
 from infusion.world.judge import GRID
 from infusion.world.scenes import SIDE, Rendered, Scene, random_scene, render, with_subject
 from infusion.world.subjects import Subject, random_subject
@@ -22,7 +22,6 @@ from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS, scene_labels,
 VIEWS = 4  # pictures of a family: the individual twice, its twin twice
 MAX_SUBJECTS = 3
 CHANGES = ("color1", "color2", "pattern", "accessory", "shape")
-_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -81,30 +80,12 @@ def build_families(
 ) -> Iterator[int]:
     """Draw `count` families into `folder`, yielding how many are done. Does nothing where they exist. strict: attributes that a
     picture does not show (`tellable`) are NONE, which takes many renderings a picture."""
-    if (folder / "done").exists() and len(load_families(folder)) == count * VIEWS:
-        yield count
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "done").unlink(missing_ok=True)
-    arrays = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(count * VIEWS, *shape))
-        for name, (dtype, shape) in _LAYOUT.items()
-    }
-    starts = range(0, count, _CHUNK)
-    with ProcessPoolExecutor(workers or usable_cores()) as pool:
-        chunks = pool.map(_draw, *zip(*((seed, s, min(_CHUNK, count - s), strict) for s in starts), strict=True))
-        for start, chunk in zip(starts, chunks, strict=True):
-            for name, values in chunk.items():
-                arrays[name][start * VIEWS : start * VIEWS + len(values)] = values
-            yield min(count, start + _CHUNK)
-    for array in arrays.values():
-        array.flush()
-    (folder / "done").touch()
+    return draw_arrays(folder, _LAYOUT, count, partial(_draw, seed, strict=strict), VIEWS, workers)
 
 
 def load_families(folder: Path) -> Families:
     """The families drawn into `folder` by `build_families`."""
-    return Families(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _LAYOUT})
+    return Families(**load_arrays(folder, _LAYOUT))
 
 
 def truth(drawn: Rendered) -> dict[str, np.ndarray]:
