@@ -51,7 +51,9 @@ def test_train_then_generate(run, photos, tmp_path):
         "train", "--photos", photos, "--word", "dog", "--name", "milo", "-o", concept, "--steps", 3, "--batch", 2
     )
     assert code == 0, said
-    assert "Learned <milo> after 3 steps" in said
+    assert "Learned <milo> after 3 steps at rate 0.06 below timestep 650" in said
+    with Image.open(tmp_path / "milo.masks.png") as sheet:
+        assert sheet.width > sheet.height > 200  # three photos over their masks
     loaded = Concept.load(concept)
     assert (loaded.name, loaded.word, loaded.count, loaded.settings["steps"]) == ("milo", "dog", 1344, 3)
 
@@ -71,6 +73,12 @@ def test_train_then_generate(run, photos, tmp_path):
     code, said = run("generate", "a dog", *common)
     assert code == 0, said
     assert len(list(pictures.glob("0*.png"))) == 6, "earlier pictures are kept"
+    assert "2 pictures and contact-sheet-2.png" in said
+    assert (pictures / "contact-sheet-2.png").exists()
+    code, said = run("generate", "a <rex>", *common, "--concept", f"rex={concept}", "--count", 1)
+    assert code == 0, said
+    with Image.open(max(pictures.glob("0*.png"))) as image:
+        assert image.info["concepts"] == "<milo> = dog, <rex> = dog"
 
     code, said = run("inspect", concept)
     assert code == 0, said
@@ -101,6 +109,7 @@ def test_brackets_in_a_path_are_no_markup(run, tmp_path, name):
         (("--name", "my dog"), "is no concept name"),
         (("-o", "{tmp}/file/milo.safetensors"), "cannot be written"),
         (("-o", "{tmp}"), "is a folder"),
+        (("-o", "{tmp}/file"), "would be overwritten and is no concept"),
         (("--steps", "0"), "steps is 0"),
         (("--seed", str(10**20)), "seed is 100000000000000000000"),
         (("--base", "{tmp}/none.safetensors"), "There is no file or folder"),
@@ -132,6 +141,7 @@ def test_bad_input_to_train(run, photos, tmp_path, args, message):
     assert message in said
     assert "Traceback" not in said
     assert not (tmp_path / "m.safetensors").exists()
+    assert (tmp_path / "file").read_text() == "a file"
 
 
 @pytest.mark.parametrize(
@@ -174,6 +184,7 @@ def test_evaluate(run, photos, tmp_path):
     code, said = run("evaluate", "--adapter", concept, *common, "--seeds", 2)
     assert code == 0, said
     assert "It forgets nothing" in said
+    assert "Prompts call it 'a <milo>'" in said
     figures = json.loads((tmp_path / "report" / "figures.json").read_text())["figures"]
     assert figures["forgetting"]["score"]["value"] == 0
     assert figures["pictures"] == 20
@@ -195,6 +206,17 @@ def test_a_name_without_any_concept(run, tmp_path):
     code, said = run("generate", "a dog", "--negative", "<milo>", "-o", tmp_path, "--steps", 1, "--count", 1)
     assert code == 2
     assert "The negative prompt names <milo>" in said
+    code, said = run("generate", "a dog <lora:milo:0.8>", "-o", tmp_path, "--steps", 1, "--count", 1)
+    assert code == 2
+    assert "<lora:...> is another program's way to load a LoRA" in said
+
+
+def test_what_the_base_does_not_see_of_a_long_prompt_is_told(run, tmp_path):
+    prompt = "a dog on the beach" + " in the snow" * 30 + " with a red hat"
+    code, said = run("generate", prompt, "-o", tmp_path, "--steps", 1, "--count", 1)
+    assert code == 0, said
+    assert "does not see" in said
+    assert said.partition("does not see")[2].split("'")[1].endswith("in the snow with a red hat")
 
 
 def test_a_concept_that_no_prompt_names_is_told_of(run, tmp_path):
@@ -234,7 +256,9 @@ def test_an_error_on_the_way_keeps_what_was_learned_and_what_was_there(run, phot
     before = out.read_bytes()
     run("train", *options, "--seed", 1)
     assert out.read_bytes() == before
-    assert Concept.load(tmp_path / "milo-interrupted.safetensors").settings["steps"] == 2
+    run("train", *options, "--seed", 2)
+    kept = [Concept.load(tmp_path / f"milo-interrupted{n}.safetensors").settings for n in ("", "-2")]
+    assert [(s["steps"], s["seed"]) for s in kept] == [(2, 1), (2, 2)]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ ORDER = (
     ("diagnosis", "demo", "adapters"),
     ("evaluation",),
     ("steering", "evaluation_report"),
-    ("bench",),
+    ("bench", "arguments"),
     ("cli",),
 )
 WORLD = (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infusion.errors import InfusionError
+from infusion.errors import InfusionError, InfusionWarning
 from infusion.photos import load_photos, mask_to_tensor, square, to_tensor
 
 
@@ -133,12 +133,22 @@ def test_masks_by_a_wrong_name(tmp_path, name, message):
 def test_pictures_of_formats_that_are_not_read(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     (tmp_path / "a.jpg").rename(tmp_path / "a.jfif")
-    for name in ("notes.txt", "A.heic", "._x.tif"):
+    for name in ("notes.txt", "A.heic", "._x.tif", ".trashed-1.png"):
         (tmp_path / name).touch()
     assert [p.name for p in load_photos(tmp_path)] == ["a.jfif"]
     for name in ("IMG_1.HEIC", "b.tif"):
         (tmp_path / name).touch()
     with pytest.raises(InfusionError, match=r"holds 'IMG_1\.HEIC' and 1 more, of a format that is not read"):
+        load_photos(tmp_path)
+
+
+def test_what_other_trainers_put_beside_photos(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    (tmp_path / "a.txt").write_text("a dog")
+    with pytest.warns(InfusionWarning, match=r"Captions such as 'a\.txt' are not used"):
+        assert len(load_photos(tmp_path)) == 1
+    (tmp_path / "Masks").mkdir()
+    with pytest.raises(InfusionError, match=r"put them there as 1-mask\.png for 1\.png"):
         load_photos(tmp_path)
 
 

@@ -70,6 +70,7 @@ def test_strength(tokenizer, tag, strength):
     ("prompt", "message"),
     [
         ("a <mil0>", "<mil0> is unknown; the concepts at hand are <milo>, <ted>, <axo>. Did you mean <milo>"),
+        ("a dog <lora:milo:0.8>", "load it with diffusers' load_lora_weights"),
         ("a <milo:strong>", "'strong' is no strength"),
         ("a <milo:nan>", "is no strength"),
         ("a <milo:>", "is no strength"),

@@ -9,12 +9,12 @@ import contextlib
 import shlex
 import signal
 import sys
-from collections.abc import Container, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from infusion.arguments import EMBEDDED, check_names, check_negative, known_word, named_concept, tell_cut, writable
 from infusion.bench.commands import bench
 from infusion.console import progress, say
 from infusion.errors import InfusionError
@@ -29,8 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     suggest_commands=False,  # click does
 )
-EMBEDDED = "embedded"  # base.EMBEDDED, which would wait for torch
-
 app.add_typer(bench, name="bench")
 
 Base = Annotated[
@@ -118,13 +116,16 @@ def train(
     dtype: DType = "fp32",
     prediction: Prediction = None,
 ) -> None:
-    """Learn a concept from a folder of photos. Ctrl-C, and any error on the way, keep what was learned so far."""
+    """Learn a concept from a folder of photos. Ctrl-C, and any error on the way, keep what was learned so far. A concept that -o names is
+    replaced, another file never."""
     with progress("Loading the base model") as told:
         from infusion.base import load_base
-        from infusion.concept import Concept
-        from infusion.lesson import prepare_lesson
+        from infusion.concept import Concept, refuse_others
+        from infusion.generation import free
+        from infusion.lesson import mask_overlays, prepare_lesson
         from infusion.methods.infusion import infusion
         from infusion.photos import load_photos
+        from infusion.sheets import contact_sheet
         from infusion.steering import SteerConfig, steered, write_checkups
         from infusion.training import LearnConfig
 
@@ -141,8 +142,9 @@ def train(
         )
         pictures = load_photos(photos)
         Concept(name, word, {})  # names are checked before any work
-        _writable(out)
-        _known_word(base, word)
+        writable(out)
+        refuse_others(out)
+        known_word(base, word)
         pipe = load_base(base, device, dtype, prediction)
         if checkpointing:
             pipe.unet.enable_gradient_checkpointing()
@@ -150,6 +152,8 @@ def train(
         try:
             told("Encoding the photos", 0, 0)
             lesson = prepare_lesson(pipe, pictures, word, name, flip=flip, masked=mask)
+            if mask:
+                contact_sheet([lesson.pictures, mask_overlays(lesson)]).save(out.with_name(f"{out.stem}.masks.png"))
             for now in steered(pipe, infusion(pipe, lesson, config), lesson, steer, told):
                 told(f"Learning <{name}>", now.state.step, now.state.steps, f"loss {now.state.loss:.4f}")
                 if now.checkup:
@@ -168,17 +172,19 @@ def train(
     kept = now.kept
     interrupted = kept.step < kept.steps and not now.stopped
     if interrupted and out.exists():  # what is there may be a finished one
-        out = out.with_stem(f"{out.stem}-interrupted")
+        out = free(out.with_stem(f"{out.stem}-interrupted"))
     path = kept.adapter.concept.save(out)
     write_checkups(path, checkups)
     if now.stopped:
         say.print(now.stopped)
+    learned = kept.adapter.concept.settings
     say.print(
-        f"{'Stopped early; kept' if interrupted else 'Learned'} <{name}> after {kept.step} steps: {path}, {path.stat().st_size:,} bytes."
+        f"{'Stopped early; kept' if interrupted else 'Learned'} <{name}> after {kept.step} steps at rate {learned['learning_rate']:g} below timestep {learned['max_timestep']:,}: {path}, {path.stat().st_size:,} bytes."
     )
     if failed:
         raise failed
-    flags = (" --single-stream" if single_stream else "") + (f" --prediction {prediction}" if prediction else "")
+    given = {"prediction": prediction, "device": device, "dtype": dtype if dtype != "fp32" else None}
+    flags = " --single-stream" * single_stream + "".join(f" --{k} {v}" for k, v in given.items() if v)
     say.print(
         f'Next: infusion generate --base {shlex.quote(base)} --concept {shlex.quote(str(path))}{flags} "a photo of a <{name}> on the beach" -o pictures',
         soft_wrap=True,  # it can be copied
@@ -202,7 +208,11 @@ def generate(
     prompts: Annotated[list[str], typer.Argument(help='What to draw: "a sketch of <milo> in the snow".')],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")],
     concept: Annotated[
-        list[Path] | None, typer.Option("--concept", help="A concept file; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            "--concept",
+            help="A concept file; may be given several times. NAME=FILE calls it by another name: rex=milo.safetensors.",
+        ),
     ] = None,
     base: Base = EMBEDDED,
     count: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
@@ -221,17 +231,17 @@ def generate(
     """Draw pictures of prompts in which concepts are called by <name> or <name:0.7>."""
     with progress("Loading the base model") as told:
         from infusion.base import load_base
-        from infusion.concept import Concept
-        from infusion.generation import drawing, save_pictures
+        from infusion.generation import drawing, free, save_pictures
         from infusion.pipelines import attach, encode
         from infusion.sheets import square_grid
 
-        concepts = [Concept.load(path) for path in concept or []]
-        _writable(out / "contact-sheet.png")
+        concepts = [named_concept(given) for given in concept or []]
+        writable(out / "contact-sheet.png")
         pipe = load_base(base, device, dtype, prediction)
         known = pipe.tokenizer.get_vocab()
-        _check_names(prompts, concepts, known)
-        _check_negative(negative, {*known, *(f"<{c.name}>" for c in concepts)})
+        check_names(prompts, concepts, known)
+        check_negative(negative, {*known, *(f"<{c.name}>" for c in concepts)})
+        tell_cut(prompts, {c.name: c.word for c in concepts}, pipe.tokenizer)
         texts = [p for p in prompts for _ in range(count)]
         seeds = [seed + i for _ in prompts for i in range(count)]
         details = {
@@ -239,6 +249,9 @@ def generate(
             "base": base,
             "steps": str(steps),
             "guidance_scale": str(guidance),
+            "negative_prompt": negative or "",
+            "streams": "1" if single_stream else "2",
+            "dtype": dtype,
         }
         pictures, paths = [], []
         on_step = lambda a, b: told("Drawing", a, b)  # noqa: E731
@@ -248,12 +261,13 @@ def generate(
             for part in drawing(pipe, texts, seeds, steps, guidance, batch, negative, on_step):
                 pictures += part
                 paths += save_pictures(part, out, details)  # what is drawn is kept, whatever comes
-        square_grid([p.image for p in pictures]).save(out / "contact-sheet.png")
+        sheet = free(out / "contact-sheet.png")
+        square_grid([p.image for p in pictures]).save(sheet)
     if base == EMBEDDED:
         say.print(
             "The embedded base knows only its own small world; for other pictures give --base a Stable Diffusion model."
         )
-    say.print(f"{len(paths)} pictures and contact-sheet.png in {out}.")
+    say.print(f"{len(paths)} pictures and {sheet.name} in {out}.")
 
 
 @app.command()
@@ -298,8 +312,10 @@ def evaluate(
         pictures = load_photos(photos)
         loaded, checkups = load_adapter(adapter, word, subject, prediction), read_checkups(adapter)
         spaces = load_features(clip, dino)
-        _writable(out / "report.html")
-        _known_word(base, word)
+        writable(out / "report.html")
+        known_word(base, word)
+        asked = "" if subject else " (no --subject was given; a LoRA's trigger word goes there)"
+        say.print(f"Prompts call it {loaded.subject!r}{asked}.")
         pipe = load_base(base, device, dtype, prediction)
         for space in spaces:
             space.model.to(execution_device(pipe))
@@ -360,64 +376,6 @@ def main() -> None:
             raise
         show()
         sys.exit(getattr(error, "exit_code", 2))
-
-
-def _writable(path: Path) -> None:
-    """Raises InfusionError before any work if nothing can be written there."""
-    import tempfile
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise InfusionError(
-            f"{str(path.parent)!r} cannot be written ({error.strerror}); choose a folder that you may write to."
-        ) from None
-    if path.is_dir():
-        raise InfusionError(
-            f"{str(path)!r} is a folder; give the name of a file, such as {str(path / 'milo.safetensors')!r}."
-        )
-
-
-def _known_word(base: str, word: str) -> None:
-    """The embedded base knows few words; a word that it never saw cannot be customized."""
-    if base != EMBEDDED:
-        return
-    import difflib
-
-    from infusion.world.tokenizer import class_words
-
-    known = list(class_words())
-    if word.lower() not in known:
-        near = difflib.get_close_matches(word.lower(), known, n=3, cutoff=0.4) or known
-        raise InfusionError(
-            f"The embedded base never saw a {word!r}; nearest are {', '.join(near)}. For other subjects give --base a Stable Diffusion model."
-        )
-
-
-def _check_negative(negative: str | None, known: Set[str]) -> None:
-    """Refuse `<name>` in the negative prompt, except words that the tokenizer knows and concepts, of which the pipeline says more."""
-    from infusion.prompts import TAG
-
-    for tag in TAG.finditer(negative or ""):
-        if tag[0] not in known:
-            raise InfusionError(
-                f"The negative prompt names {tag[0]}; concepts have no effect there, so write the class word instead."
-            )
-
-
-def _check_names(prompts: list[str], concepts: list[Any], known: Container[str]) -> None:
-    """Refuse `<name>` where no concept is loaded, unless it is one of the base's `known` words: it would reach the base as plain text.
-    Tell of concepts that nobody calls."""
-    from infusion.prompts import TAG
-
-    called = {tag["name"]: tag[0] for prompt in prompts for tag in TAG.finditer(prompt)}
-    if not concepts and (unknown := [tag for tag in called.values() if tag not in known]):
-        raise InfusionError(f"The prompt names {unknown[0]}, but no concept is loaded; give its file with --concept.")
-    for concept in concepts:
-        if concept.name not in called:
-            say.print(f"No prompt names <{concept.name}>, so it has no effect; call it as 'a <{concept.name}>'.")
 
 
 if __name__ == "__main__":

@@ -188,8 +188,9 @@ class Concept:
         """Write the concept to `path`, whole or not at all, and return the path.
 
         scheme: by default the smallest that loses nothing, which for a concept as it is learned by default is "q6".
-        Raises InfusionError where nothing can be written.
+        Raises InfusionError where nothing can be written, and where something other than a concept is.
         """
+        refuse_others(Path(path))
         _write_atomically(Path(path), self.to_bytes(scheme or self._lossless()))
         return Path(path)
 
@@ -218,6 +219,18 @@ class Concept:
     def on_grid(self, scheme: str = "q6") -> Concept:
         """The concept as a file of `scheme` holds it."""
         return Concept(self.name, self.word, on_grid(self.residuals, scheme), self.settings, self.base)
+
+
+def refuse_others(path: Path) -> None:
+    """Raise InfusionError where a file lies at `path` that is no concept: writing one would lose it."""
+    if not path.is_file():
+        return
+    try:
+        Concept.load(path)
+    except InfusionError as error:
+        raise InfusionError(
+            f"{str(path)!r} would be overwritten and is no concept ({str(error).rstrip('.')}); choose another name, or remove it."
+        ) from None
 
 
 def _checked(content: bytes, source: str) -> tuple[dict[str, str], bytes]:

@@ -16,14 +16,13 @@ from typing import TypeVar
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import Tensor
 
 from infusion.base import load_base
 from infusion.concept import Concept
 from infusion.errors import InfusionError
 from infusion.generation import Picture, Progress, generate, save_pictures
 from infusion.judged import stacked
-from infusion.lesson import Lesson, prepare_lesson
+from infusion.lesson import Lesson, mask_overlays, prepare_lesson
 from infusion.methods.dreambooth import DreamBoothConfig, dreambooth
 from infusion.methods.interface import MethodState, rebuilt
 from infusion.photos import load_photos
@@ -155,17 +154,6 @@ def run(folder: Path, progress: Progress, config: LearnConfig | None = None) -> 
             pictures, _emptied(folder / label), {"method": label, "concept": NAME if label == "infusion" else ""}
         )
     return write_page(_page(result, config, time.monotonic() - start), folder / "report.html")
-
-
-def mask_overlays(lesson: Lesson) -> list[Image.Image]:
-    """The photos with what lies outside their masks darkened."""
-    n = len(lesson.pictures)
-    return [_overlay(p, m) for p, m in zip(lesson.pictures, lesson.masks[:n], strict=True)]
-
-
-def _overlay(picture: Image.Image, mask: Tensor) -> Image.Image:
-    grey = Image.fromarray((mask.cpu() * 255).byte().numpy()).resize(picture.size, Image.Resampling.BILINEAR)
-    return Image.composite(picture, Image.eval(picture, lambda v: v // 5), grey)
 
 
 def _page(result: Compared, config: LearnConfig, seconds: float) -> Page:

@@ -5,6 +5,7 @@ Knows pipelines and files; whether concepts are attached is the caller's busines
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -148,6 +149,12 @@ def save_pictures(pictures: Sequence[Picture], folder: Path, details: dict[str, 
         raise InfusionError(
             f"{str(folder)!r} cannot be written ({error.strerror}); choose a folder that you may write to."
         ) from None
+
+
+def free(path: Path) -> Path:
+    """The path, or the first of name-2, name-3 and so on that is not there yet."""
+    numbered = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(2))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
 def slug(text: str) -> str:

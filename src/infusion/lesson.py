@@ -5,6 +5,7 @@ Every method learns from the same `Lesson`, so that methods are compared on equa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from infusion.errors import InfusionError
+from infusion.errors import InfusionError, InfusionWarning
 from infusion.photos import Photo, mask_to_tensor, square, to_tensor
 from infusion.prompts import Mention, parse
 from infusion.streams import Plan, Streams, execution_device, require_unet
@@ -178,6 +179,13 @@ def prepare_lesson(
             f"The scheduler predicts {noise.config['prediction_type']!r}; learning knows 'epsilon' and 'v_prediction'."
         )
     side = unet.config["sample_size"] * pipe.vae_scale_factor
+    for photo in photos:
+        if min(photo.image.size) < side:
+            warnings.warn(
+                f"{repr(photo.name) if photo.name else 'A photo'} is {photo.image.width}x{photo.image.height}, smaller than the base's {side} pixels a side; it is enlarged, and its blur is learned too.",
+                InfusionWarning,
+                stacklevel=2,
+            )
     pictures = tuple(square(p.image, side) for p in photos)
     mirrored = [p.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for p in pictures] if flip else []
     latents = encode_pictures(pipe, [*pictures, *mirrored])
@@ -185,6 +193,17 @@ def prepare_lesson(
     masks = torch.ones_like(latents[:, 0])
     lesson = Lesson(name, word, pictures, latents, masks, tuple(templates), texts, noise)
     return replace(lesson, masks=_masks(lesson, unet, photos)) if masked else lesson
+
+
+def mask_overlays(lesson: Lesson) -> list[Image.Image]:
+    """The photos with what lies outside their masks darkened, for a look at what counts as the subject."""
+    n = len(lesson.pictures)
+    return [_overlay(p, m) for p, m in zip(lesson.pictures, lesson.masks[:n], strict=True)]
+
+
+def _overlay(picture: Image.Image, mask: Tensor) -> Image.Image:
+    grey = Image.fromarray((mask.cpu() * 255).byte().numpy()).resize(picture.size, Image.Resampling.BILINEAR)
+    return Image.composite(picture, Image.eval(picture, lambda v: v // 5), grey)
 
 
 def check_noise(pipe: DiffusionPipeline) -> None:

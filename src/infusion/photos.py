@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from infusion.errors import InfusionError
+from infusion.errors import InfusionError, InfusionWarning
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp")
 UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")  # pictures too, but not among FORMATS
@@ -34,7 +35,8 @@ def load_photos(source: str | Path | Sequence[Image.Image | Photo | str | Path])
 
     A mask is taken from `<name>-mask.png` beside `<name>.png`, or from a picture's own alpha channel.
     Raises InfusionError for a folder that is missing or empty, for a picture that cannot be read, for a mask of another shape than its
-    photo or without white, for one whose name belongs to no photo, and for a folder with pictures of formats that are not read.
+    photo or without white, for one whose name belongs to no photo, and for a folder with pictures of formats that are not read or with
+    masks in a folder of their own. Hidden files are left alone; captions in files warn that they are not used.
     """
     if not isinstance(source, str | Path):
         photos = [_given(p) for p in source]
@@ -44,18 +46,28 @@ def load_photos(source: str | Path | Sequence[Image.Image | Photo | str | Path])
     folder = Path(source)
     if not folder.is_dir():
         raise InfusionError(f"There is no folder {str(folder)!r}; give a folder with 3 to 6 pictures of one subject.")
-    pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    entries = [p for p in folder.iterdir() if not p.name.startswith(".")]  # a phone's ".trashed-1.png" is none
+    pictures = sorted(p for p in entries if p.suffix.lower() in SUFFIXES)
     read = {p.stem.lower() for p in pictures}  # a phone's picture beside what it was turned into is no loss
-    unread = [p.name for p in folder.iterdir() if p.suffix.lower() in UNREAD and p.stem.lower() not in read]
-    if unread := sorted(name for name in unread if not name.startswith(".")):
+    if unread := sorted(p.name for p in entries if p.suffix.lower() in UNREAD and p.stem.lower() not in read):
         raise InfusionError(
             f"{str(folder)!r} holds {unread[0]!r}{f' and {len(unread) - 1} more' if unread[1:] else ''}, of a format that is not read; turn it into PNG or JPEG, or move it away."
+        )
+    if apart := [p for p in entries if p.is_dir() and p.name.lower() in ("mask", "masks")]:
+        raise InfusionError(
+            f"{str(apart[0])!r} looks like a folder of masks, which are read beside their photos; put them there as 1{MASK_SUFFIX}.png for 1.png, or move the folder away."
         )
     files = [p for p in pictures if not p.stem.lower().endswith(MASK_SUFFIX)]
     _check_masks(pictures, {p.stem.lower() for p in files})
     if not files:
         raise InfusionError(
             f"There is no picture in {str(folder)!r}; put 3 to 6 pictures ({', '.join(SUFFIXES)}) of one subject there."
+        )
+    if told := sorted(p.name for p in entries if p.suffix.lower() in (".txt", ".caption") and p.stem.lower() in read):
+        warnings.warn(
+            f"Captions such as {told[0]!r} are not used; photos are learned under short ones of their own.",
+            InfusionWarning,
+            stacklevel=2,
         )
     beside = {p.name.lower(): p for p in sorted(folder.iterdir(), reverse=True)}  # cameras write .JPG, editors .png
     return [_load(path, beside) for path in files]

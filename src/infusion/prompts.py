@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from infusion.errors import InfusionError
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+LORAS = ("lora", "lyco")  # <lora:file:0.8>, as other programs load one from a prompt
 TAG = re.compile(r"<(?P<name>[A-Za-z][A-Za-z0-9_-]*)(?::(?P<strength>[^<>]*))?>")
 
 
@@ -59,7 +60,7 @@ def parse(
         if name not in words:
             if tag[0] in tokenizer.get_vocab():
                 continue
-            raise InfusionError(_unknown(name, words))
+            raise InfusionError(unknown(name, words))
         before = prompt[last : tag.start()]
         plain += before + words[name]
         pieces += [convert(before) if before else "", words[name]]
@@ -113,7 +114,10 @@ def _strength(tag: str, text: str | None) -> float:
     return value
 
 
-def _unknown(name: str, words: Mapping[str, str]) -> str:
+def unknown(name: str, words: Mapping[str, str]) -> str:
+    """What to say of `<name>`, which is not among the concepts `words`."""
+    if name.lower() in LORAS:
+        return f"<{name}:...> is another program's way to load a LoRA; load it with diffusers' load_lora_weights, and leave it out of the prompt."
     if not words:
         return f"<{name}> is unknown: no concept is attached; attach one, or write a plain word."
     known = ", ".join(f"<{n}>" for n in words)
