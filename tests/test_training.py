@@ -343,6 +343,13 @@ def test_a_mask_outside_the_centre_square_is_told(pipe):
         prepare_lesson(pipe, load_photos([Image.new("RGBA", (40, 40))]), "dog", "milo")
 
 
+def test_a_photo_smaller_than_the_base_is_told_of(pipe):
+    side = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
+    small = Photo(Image.new("RGB", (side - 4, 40)), name="a.png")
+    with pytest.warns(InfusionWarning, match=rf"'a\.png' is {side - 4}x40, smaller than the base's {side} pixels"):
+        prepare_lesson(pipe, [Photo(Image.new("RGB", (side, side))), small], "dog", "milo")
+
+
 def test_bases_of_another_kind_are_refused(pipe, photos):
     takes_more = copy.copy(pipe)
     takes_more.unet = tiny_unet(in_channels=9)
