@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -209,6 +210,19 @@ def test_a_name_without_any_concept(run, tmp_path):
     code, said = run("generate", "a dog <lora:milo:0.8>", "-o", tmp_path, "--steps", 1, "--count", 1)
     assert code == 2
     assert "<lora:...> is another program's way to load a LoRA" in said
+
+
+def test_a_concept_is_drawn_in_as_many_streams_as_it_was_learned_in(run, tmp_path):
+    learned = random_concept(load_base(device="cpu").unet)
+    alone = replace(learned, name="rex", settings={"two_streams": False})
+    files = [c.save(tmp_path / f"{c.name}.safetensors") for c in (learned, alone)]
+    for prompt, given, streams in (("a <milo>", files[:1], "2"), ("a <rex>", files[1:], "1"), ("a <rex>", files, "2")):
+        folder = tmp_path / streams / str(len(given))
+        options = (o for file in given for o in ("--concept", file))
+        code, said = run("generate", prompt, *options, "-o", folder, "--steps", 1, "--count", 1)
+        assert code == 0, said
+        with Image.open(next(folder.glob("0*.png"))) as image:
+            assert image.info["streams"] == streams
 
 
 def test_what_the_base_does_not_see_of_a_long_prompt_is_told(run, tmp_path):

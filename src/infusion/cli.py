@@ -184,7 +184,7 @@ def train(
     if failed:
         raise failed
     given = {"prediction": prediction, "device": device, "dtype": dtype if dtype != "fp32" else None}
-    flags = " --single-stream" * single_stream + "".join(f" --{k} {v}" for k, v in given.items() if v)
+    flags = "".join(f" --{k} {v}" for k, v in given.items() if v)
     say.print(
         f'Next: infusion generate --base {shlex.quote(base)} --concept {shlex.quote(str(path))}{flags} "a photo of a <{name}> on the beach" -o pictures',
         soft_wrap=True,  # it can be copied
@@ -221,7 +221,10 @@ def generate(
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 6.0,
     negative: Annotated[str | None, typer.Option(help="What the pictures should not show.")] = None,
     single_stream: Annotated[
-        bool, typer.Option("--single-stream", help="The ablation without the foundational stream.")
+        bool,
+        typer.Option(
+            "--single-stream", help="The ablation without the foundational stream, as for concepts learned so."
+        ),
     ] = False,
     batch: Together = None,
     device: Device = None,
@@ -236,6 +239,8 @@ def generate(
         from infusion.sheets import square_grid
 
         concepts = [named_concept(given) for given in concept or []]
+        learned_so = bool(concepts) and not any(c.settings.get("two_streams", True) for c in concepts)
+        two_streams = not (single_stream or learned_so)
         writable(out / "contact-sheet.png")
         pipe = load_base(base, device, dtype, prediction)
         known = pipe.tokenizer.get_vocab()
@@ -250,12 +255,12 @@ def generate(
             "steps": str(steps),
             "guidance_scale": str(guidance),
             "negative_prompt": negative or "",
-            "streams": "1" if single_stream else "2",
+            "streams": "2" if two_streams else "1",
             "dtype": dtype,
         }
         pictures, paths = [], []
         on_step = lambda a, b: told("Drawing", a, b)  # noqa: E731
-        with attach(pipe, *concepts, two_streams=not single_stream) if concepts else contextlib.nullcontext():
+        with attach(pipe, *concepts, two_streams=two_streams) if concepts else contextlib.nullcontext():
             if concepts:
                 encode(pipe, prompts)  # an unknown name is told before anything is drawn
             for part in drawing(pipe, texts, seeds, steps, guidance, batch, negative, on_step):
