@@ -71,6 +71,11 @@ def test_train_then_generate(run, photos, tmp_path):
         assert image.info["concepts"] == "<milo> = dog"
         assert image.size == (64, 64)
     assert (pictures / "contact-sheet.png").exists()
+    beside = ("--photos", photos, "--word", "dog", "--name", "rex", "-o", tmp_path / "rex.safetensors", "--no-mask")
+    code, said = run("train", *beside, "--steps", 1, "--batch", 1, "--max-timestep", 1000)
+    assert code == 0, said
+    assert "after 1 steps at rate 0.02 at all timesteps" in said
+    assert not (tmp_path / "rex.masks.png").exists()
     code, said = run("generate", "a dog", *common)
     assert code == 0, said
     assert len(list(pictures.glob("0*.png"))) == 6, "earlier pictures are kept"

@@ -104,6 +104,8 @@ def test_verdicts(pipe, photos):
     assert poor[2] == "Its pictures of one prompt vary less than the base's (-25%)."
     same = told(variety_base=Estimate(0.8, 0.7, 0.9, 9), variety_above=Estimate(-0.01, -0.04, 0.1, 9))
     assert same[2] == "Its pictures of one prompt vary as the base's do (-1%)."
+    more = told(variety_base=Estimate(0.8, 0.7, 0.9, 9), variety_above=Estimate(0.2, 0.1, 0.3, 9))
+    assert more[2] == "Its pictures of one prompt vary more than the base's (+25%)."
     few = told(variety_base=Estimate(0.8, 0.7, 0.9, 9), variety_above=Estimate(-0.2, -0.5, 0.1, 9))
     assert "vary less than the base's cannot be told" in few[2]
 

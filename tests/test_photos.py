@@ -133,7 +133,7 @@ def test_masks_by_a_wrong_name(tmp_path, name, message):
 def test_pictures_of_formats_that_are_not_read(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     (tmp_path / "a.jpg").rename(tmp_path / "a.jfif")
-    for name in ("notes.txt", "A.heic", "._x.tif", ".trashed-1.png"):
+    for name in ("notes.txt", "A.heic", "._x.tif", ".trashed-1.png", "milo.masks.png"):
         (tmp_path / name).touch()
     assert [p.name for p in load_photos(tmp_path)] == ["a.jfif"]
     for name in ("IMG_1.HEIC", "b.tif"):

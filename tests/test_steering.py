@@ -242,6 +242,23 @@ def test_checkups_beside_the_file(tmp_path):
 def test_bad_settings(bad):
     with pytest.raises(InfusionError, match=next(iter(bad))):
         SteerConfig(**bad)
+    with pytest.raises(InfusionError, match=r"'a dog' names no subject; write \{\} where it belongs"):
+        SteerConfig(positioned=("a dog",))
+
+
+def test_a_look_that_fails_leaves_no_training_behind(pipe, lesson, monkeypatch):
+    before = latents(pipe, "a dog")
+
+    def fail(watch, state):
+        raise MemoryError
+
+    monkeypatch.setattr(_Watch, "look", fail)
+    states = infusion(pipe, lesson, LearnConfig(3, 2, 0.5))
+    with pytest.raises(MemoryError):
+        run(pipe, states, lesson, every=1)
+    assert next(states, None) is None
+    assert not pipe.unet._forward_pre_hooks
+    assert torch.equal(latents(pipe, "a dog"), before)
 
 
 def test_a_chart_places_its_points():

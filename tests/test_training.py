@@ -175,6 +175,12 @@ def test_learning_and_drawing_below_a_timestep(pipe, photos):
     assert not torch.equal(learned(30).residuals[path], learned(1000).residuals[path])
 
 
+def test_a_limit_beyond_all_timesteps_is_none(pipe, photos):
+    lesson = prepare_lesson(pipe, load_photos(photos), "dog", "milo", masked=False)
+    drawn = [lesson.draw(4, torch.Generator().manual_seed(0), limit) for limit in (None, 1000, 5000)]
+    assert all(torch.equal(d.timesteps, drawn[0].timesteps) for d in drawn)
+
+
 def test_the_learning_rate_follows_the_limit(pipe, photos):
     lesson = prepare_lesson(pipe, load_photos(photos), "dog", "milo")
     given = (({}, 0.06), ({"max_timestep": 750}, 0.06), ({"max_timestep": 751}, 0.02), ({"learning_rate": 0.5}, 0.5))

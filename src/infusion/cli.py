@@ -117,14 +117,14 @@ def train(
     prediction: Prediction = None,
 ) -> None:
     """Learn a concept from a folder of photos. Ctrl-C, and any error on the way, keep what was learned so far. A concept that -o names is
-    replaced, another file never."""
+    replaced with what lies beside it, another file never."""
     with progress("Loading the base model") as told:
         from infusion.base import load_base
         from infusion.concept import Concept, refuse_others
         from infusion.generation import free
         from infusion.lesson import mask_overlays, prepare_lesson
         from infusion.methods.infusion import infusion
-        from infusion.photos import load_photos
+        from infusion.photos import OVERLAYS, load_photos
         from infusion.sheets import contact_sheet
         from infusion.steering import SteerConfig, steered, write_checkups
         from infusion.training import LearnConfig
@@ -148,12 +148,11 @@ def train(
         pipe = load_base(base, device, dtype, prediction)
         if checkpointing:
             pipe.unet.enable_gradient_checkpointing()
-        now, checkups, failed = None, [], None
+        now, checkups, failed, shown = None, [], None, None
         try:
             told("Encoding the photos", 0, 0)
             lesson = prepare_lesson(pipe, pictures, word, name, flip=flip, masked=mask)
-            if mask:
-                contact_sheet([lesson.pictures, mask_overlays(lesson)]).save(out.with_name(f"{out.stem}.masks.png"))
+            shown = contact_sheet([lesson.pictures, mask_overlays(lesson)]) if mask else None
             for now in steered(pipe, infusion(pipe, lesson, config), lesson, steer, told):
                 told(f"Learning <{name}>", now.state.step, now.state.steps, f"loss {now.state.loss:.4f}")
                 if now.checkup:
@@ -175,11 +174,14 @@ def train(
         out = free(out.with_stem(f"{out.stem}-interrupted"))
     path = kept.adapter.concept.save(out)
     write_checkups(path, checkups)
+    if shown:
+        shown.save(path.with_name(path.stem + OVERLAYS))
     if now.stopped:
         say.print(now.stopped)
-    learned = kept.adapter.concept.settings
+    learned, limit = kept.adapter.concept.settings, kept.adapter.concept.max_timestep
+    heard = f"below timestep {limit:,}" if limit else "at all timesteps"
     say.print(
-        f"{'Stopped early; kept' if interrupted else 'Learned'} <{name}> after {kept.step} steps at rate {learned['learning_rate']:g} below timestep {learned['max_timestep']:,}: {path}, {path.stat().st_size:,} bytes."
+        f"{'Stopped early; kept' if interrupted else 'Learned'} <{name}> after {kept.step} steps at rate {learned['learning_rate']:g} {heard}: {path}, {path.stat().st_size:,} bytes."
     )
     if failed:
         raise failed

@@ -236,6 +236,8 @@ def verdict(f: Figures) -> tuple[str, ...]:
     loss = f.variety_above.value / scale
     if f.variety_above.high < 0 and loss < -0.05:
         said.append(f"Its pictures of one prompt vary less than the base's ({loss:+.0%}).")
+    elif f.variety_above.low / scale > 0.05:
+        said.append(f"Its pictures of one prompt vary more than the base's ({loss:+.0%}).")
     elif f.variety_above.low / scale >= -0.05:
         said.append(f"Its pictures of one prompt vary as the base's do ({loss:+.0%}).")
     else:

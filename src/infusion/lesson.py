@@ -125,7 +125,8 @@ class Lesson:
         so that every device sees the same numbers)."""
         photo = torch.randint(len(self.latents), (count,), generator=generator)
         text = torch.randint(len(self.texts.states), (count,), generator=generator)
-        limit = max_timestep or self.noise.config["num_train_timesteps"]
+        every = self.noise.config["num_train_timesteps"]
+        limit = min(max_timestep or every, every)
         timesteps = torch.randint(limit, (count,), generator=generator)
         noise = torch.randn((count, *self.latents.shape[1:]), generator=generator)
         return self.batch(photo, text, timesteps, noise)

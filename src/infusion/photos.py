@@ -17,6 +17,7 @@ from infusion.errors import InfusionError, InfusionWarning
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp")
 UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")  # pictures too, but not among FORMATS
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # whatever the name says: EPS, for one, would start Ghostscript
+OVERLAYS = ".masks.png"  # how a file ends that shows what was taken for the subject; no photo
 MASK_SUFFIX = "-mask"  # milo1.png has its mask in milo1-mask.png
 OTHERS_MASKS = ("_mask", "-masklabel", "_masklabel")  # as other trainers name them
 
@@ -46,7 +47,8 @@ def load_photos(source: str | Path | Sequence[Image.Image | Photo | str | Path])
     folder = Path(source)
     if not folder.is_dir():
         raise InfusionError(f"There is no folder {str(folder)!r}; give a folder with 3 to 6 pictures of one subject.")
-    entries = [p for p in folder.iterdir() if not p.name.startswith(".")]  # a phone's ".trashed-1.png" is none
+    # A phone's ".trashed-1.png" is no photo.
+    entries = [p for p in folder.iterdir() if not p.name.startswith(".") and not p.name.endswith(OVERLAYS)]
     pictures = sorted(p for p in entries if p.suffix.lower() in SUFFIXES)
     read = {p.stem.lower() for p in pictures}  # a phone's picture beside what it was turned into is no loss
     if unread := sorted(p.name for p in entries if p.suffix.lower() in UNREAD and p.stem.lower() not in read):

@@ -70,6 +70,8 @@ class SteerConfig:
                 raise InfusionError(f"{field} is {getattr(self, field)}; it must be at least {least}.")
         if not self.prompts or not self.positioned:
             raise InfusionError("prompts and positioned must hold at least one prompt each.")
+        if plain := [p for p in (*self.prompts, *self.positioned) if "{}" not in p]:
+            raise InfusionError(f"The prompt {plain[0]!r} names no subject; write {{}} where it belongs.")
         if not 0 <= self.limit < 1:
             raise InfusionError(f"limit is {self.limit}; it must lie between 0 and 1, usually 0.1.")
 
@@ -130,25 +132,27 @@ def steered(
     watch = _Watch(pipe, lesson, config, told) if config.every else None
     best: MethodState | None = None
     before: set[str] = set()
-    for state in states:
-        checkup = stopped = None
-        if watch and (state.step % config.every == 0 or state.step == state.steps):
-            checkup = watch.look(state)
-            beyond = _beyond(checkup, config)
-            if not beyond:
-                best = MethodState(state.step, state.steps, state.loss, copy.deepcopy(state.adapter))
-            elif config.stop:
-                if not beyond & before and state.step == state.steps:  # no later look will tell
-                    before, checkup = beyond, watch.look(state)
-                    beyond = _beyond(checkup, config)
-                if again := beyond & before:
-                    stopped = _reason(checkup, max(again, key=lambda n: checkup.repeats[n].above), best, config)
-            before = beyond
-        yield Steered(state, checkup, best, stopped)
-        if stopped:
-            if close := getattr(states, "close", None):
-                close()
-            return
+    try:
+        for state in states:
+            checkup = stopped = None
+            if watch and (state.step % config.every == 0 or state.step == state.steps):
+                checkup = watch.look(state)
+                beyond = _beyond(checkup, config)
+                if not beyond:
+                    best = MethodState(state.step, state.steps, state.loss, copy.deepcopy(state.adapter))
+                elif config.stop:
+                    if not beyond & before and state.step == state.steps:  # no later look will tell
+                        before, checkup = beyond, watch.look(state)
+                        beyond = _beyond(checkup, config)
+                    if again := beyond & before:
+                        stopped = _reason(checkup, max(again, key=lambda n: checkup.repeats[n].above), best, config)
+                before = beyond
+            yield Steered(state, checkup, best, stopped)
+            if stopped:
+                return
+    finally:  # the pipeline is as before also where a look failed
+        if close := getattr(states, "close", None):
+            close()
 
 
 def _beyond(checkup: Checkup, config: SteerConfig) -> set[str]:

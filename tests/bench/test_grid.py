@@ -69,6 +69,7 @@ def test_a_file_and_overrides(tmp_path):
         ({"seeds": [0, 1, 0]}, "0 is there twice; give each once"),
         ({"methods.dreambooth.prior": "32"}, "prior is '32'; give a whole number of pictures, 0 for none"),
         ({"methods.dreambooth.max_timestep": 0}, "dreambooth: max_timestep is 0; give a whole number of at least 1"),
+        ({"methods.lora 1/2": {"method": "dreambooth-lora"}}, "'lora 1/2' would be part of file names"),
         ({"methods.perfusion.max_timestep": 650}, "perfusion has no setting 'max_timestep'"),
         ({"points": [5, 5]}, r"'points' is \[5, 5\]: give steps that rise from 1 on"),
         ({"methods.dreambooht": {}}, "'dreambooht' is no method; use one of class-word"),

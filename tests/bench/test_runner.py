@@ -114,9 +114,10 @@ def test_records_are_never_changed(tmp_path):
         write_record(path, {"x": 2})
     assert read_records(tmp_path)[0]["x"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-    path.write_text("{")
-    with pytest.raises(InfusionError, match="is damaged"):
-        read_records(tmp_path)
+    for content, message in ((b"{", "is damaged"), (b"\xff", "is damaged"), (b"[1]", "is no record of the benchmark")):
+        path.write_bytes(content)
+        with pytest.raises(InfusionError, match=message):
+            read_records(tmp_path)
 
 
 def diverging(job: Job, threads: int) -> dict:

@@ -9,7 +9,7 @@ import torch
 
 import infusion
 from infusion.generation import denoiser
-from infusion.metrics.fisher import latent_fisher_divergence, to_eps
+from infusion.metrics.fisher import hash_seed, latent_fisher_divergence, to_eps
 from tests.conftest import random_concept
 
 ALPHAS = torch.linspace(0.99, 0.01, 100)
@@ -25,6 +25,13 @@ def zero(noisy, t, prompt):
 
 def off_by(c):
     return lambda noisy, t, prompt: torch.full_like(noisy, c if prompt == "a cat" else 2 * c)
+
+
+def test_seeds_are_distinct_and_never_beyond_what_torch_takes():
+    seeds = [hash_seed(s, p, t) for s in (0, 1, 2**40) for p in (0, 1) for t in (0, 1, 999)]
+    assert len(set(seeds)) == len(seeds)
+    for seed in (*seeds, hash_seed(-(2**62), 3, 5)):
+        torch.Generator().manual_seed(seed)
 
 
 def test_a_known_divergence_in_both_forms():

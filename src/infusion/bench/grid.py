@@ -78,6 +78,8 @@ class Grid(BaseModel):
     @classmethod
     def _known(cls, methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for label, settings in methods.items():
+            if {"/", "\\"} & set(label):
+                raise ValueError(f"{label!r} would be part of file names; leave slashes out")
             name = settings.get("method", label)
             if name in REFERENCES:
                 if given := settings.keys() - {"method"}:

@@ -114,9 +114,12 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     records = []
     for path in paths:
         try:
-            records.append(json.loads(path.read_text()))
-        except json.JSONDecodeError as error:
+            record = json.loads(path.read_text())
+        except ValueError as error:  # no JSON, or no text
             raise InfusionError(f"{str(path)!r} is damaged ({error}); move it away and run its job again.") from None
+        if not isinstance(record, dict):
+            raise InfusionError(f"{str(path)!r} is no record of the benchmark; move it away.")
+        records.append(record)
     return records
 
 

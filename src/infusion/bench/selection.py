@@ -37,6 +37,11 @@ def whole_subjects(records: Sequence[Record]) -> list[Record]:
 
 def refuse_mixtures(records: Sequence[Record]) -> None:
     """Records of different bases, judges or splits have nothing to say of each other, nor do different settings under one label."""
+    for r in records:
+        if missing := {"job", "base", "points"} - r.keys():
+            raise InfusionError(
+                f"There is a file of another kind among the records (it holds {', '.join(sorted(r)[:3]) or 'nothing'}, no {min(missing)!r}); move it away."
+            )
     for what, of in (
         ("base", lambda r: r["base"]),
         ("judge", lambda r: r.get("judge")),

@@ -113,7 +113,8 @@ def page(
         "Every subject is learned from four photos that show it in one background, style and position; every prompt asks for another background, most for another style or position. "
         "What a picture shows is read by the judge (`docs/world.md`). Same hands made world, judge, base and methods: the figures hold for this world.",
         "",
-        "Built by `infusion bench report`; run by `infusion bench run`. Intervals are Student's over subjects, 95 %; n is the number of subjects; of one there is no interval. Another figure without one is the same for every subject.",
+        "Built by `infusion bench report`; run by `infusion bench run`. Intervals are Student's over subjects, 95 %; n is the number of subjects; of one there is no interval. Another figure without one is the same for every subject. "
+        "The noise of a prompt's picture is the same for every subject, so they hold for these prompts and noises; where a prompt leaves the place open, that is five of fourteen.",
         "",
         *([reading.strip(), ""] if reading else []),
         "## At the last point",
@@ -191,12 +192,17 @@ def _beside(found: dict, label: str) -> list[str]:
     earlier = {n: s for n, s in matched(found, label).items() if s < max(found[n])}
     others |= {f"{n}, {earlier[n]:,} samples": figures for n, figures in beside(found, label, earlier).items()}
     columns = [c for c in BESIDE if any(c[0] in figures for figures in others.values())]
-    count = sum(name in figures for figures in others.values() for name, _, _ in columns)
+    count = sum(
+        figures[name].low < figures[name].high
+        for figures in others.values()
+        for name, _, _ in columns
+        if name in figures
+    )
     lines = [
         f"## {label} beside the others",
         "",
         f"The figure of {label} minus the other's on the same subjects, prompts and seeds, at the last point of both and, where another point of the other's has a fidelity nearer to that of {label}, at that one too; \"where told\", leaks and pull rest on what can be told in each. "
-        f"Of {count} comparisons one in twenty would leave out 0 by chance.",
+        f"Of {count} comparisons that have an interval one in twenty would leave out 0 by chance.",
         "",
         f"| {label} minus | {' | '.join(title for _, title, _ in columns)} | n |",
         "|---" * (len(columns) + 2) + "|",
@@ -219,7 +225,7 @@ def _cell(e: Estimate | None, unit: str, pictures: int = 0, hits: int = 0, of: i
     scale, shape = {"%": (100, ".1f"), "pp": (100, "+.1f"), "e": (1, ".2g")}.get(unit, (1, ".3g"))
     value, low, high = (f"{scale * x:{shape}}" for x in (e.value, e.low, e.high))
     fewer = f" (n = {e.n})" if of and e.n != of else ""
-    return (f"{value} [{low}, {high}]" if e.n > 1 and e.low < e.high else value) + fewer
+    return (f"{value} [{low}, {high}]" if e.n > 1 and low != high else value) + fewer
 
 
 def _costs(records: Sequence[Record], found: dict) -> list[str]:

@@ -113,8 +113,8 @@ def to_eps(prediction: Tensor, noisy: Tensor, alpha: Tensor, prediction_type: Pr
 
 
 def hash_seed(seed: int, place: int, timestep: int) -> int:
-    """One seed for each (seed, prompt's place, timestep), distinct in any usual range."""
-    return (seed * 1_000_003 + place) * 10_007 + timestep
+    """One seed for each (seed, prompt's place, timestep), distinct in any usual range; never beyond what torch takes."""
+    return ((seed * 1_000_003 + place) * 10_007 + timestep) % 2**63
 
 
 def _check(latents: Mapping[str, Tensor], alphas: Tensor, kind: str, timesteps: Sequence[int]) -> None:
