@@ -24,6 +24,10 @@ def test_strengths_are_rows_of_their_own(tmp_path):
     text = write_benchmark([FLOOR, both], tmp_path, pictures=False).read_text()
     assert "## infusion at 0.5 beside the others" in text
     assert "| infusion at 0.5 | 80 |" in text
+    searched = both | {"points": [weaker | {"strength": i / 10} for i in range(1, 10)]}
+    text = write_benchmark([FLOOR, searched], tmp_path, pictures=False).read_text()
+    assert "| infusion at 0.9 |" in text
+    assert "beside the others" not in text
 
 
 def test_the_page(tmp_path):

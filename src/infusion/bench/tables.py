@@ -62,6 +62,7 @@ BESIDE = (
     ("forgetting", "LFD, other prompts", "e"),
 )
 PARTS = (("color1", "first colour"), ("color2", "second colour"), ("pattern", "pattern"), ("accessory", "accessory"))
+SEARCHED = 8
 _VARIETY = "Variety: mean distance among pictures of one prompt. "
 
 
@@ -176,14 +177,15 @@ def _table(found: dict, columns: Sequence[tuple[str, str, str]]) -> list[str]:
 
 
 def _ours(records: Sequence[Record]) -> list[str]:
-    """The rows that are Infusion in two streams."""
+    """The rows that are Infusion in two streams, to be set beside the others; none where there are more than SEARCHED, which is a search among
+    settings and claims nothing."""
     labels = {
         row_label(r, point): None
         for r in records
         if r["job"]["method"] == "infusion" and r["job"]["settings"].get("two_streams", True)
         for point in r["points"]
     }
-    return list(labels)
+    return list(labels) if len(labels) <= SEARCHED else []
 
 
 def _beside(found: dict, label: str) -> list[str]:
