@@ -71,7 +71,7 @@ def load_photos(source: str | Path | Sequence[Image.Image | Photo | str | Path])
             InfusionWarning,
             stacklevel=2,
         )
-    beside = {p.name.lower(): p for p in sorted(folder.iterdir(), reverse=True)}  # cameras write .JPG, editors .png
+    beside = {p.name.lower(): p for p in sorted(entries, reverse=True)}  # cameras write .JPG, editors .png
     return [_load(path, beside) for path in files]
 
 

@@ -155,9 +155,7 @@ class Streams:
         self.unet = unet
         self.layers = cross_attention_layers(unet)
         self.residuals: dict[str, Mapping[str, Tensor]] = {}  # concept name -> path -> residual
-        self.limits: dict[
-            str, int
-        ] = {}  # concept name -> the timestep below which it is heard; without one, at every one
+        self.limits: dict[str, int] = {}  # concept name -> the timestep below which alone it is heard
         self.two_streams = True
         self.plans: list[Plan] = []  # those in force, the innermost last
         self.met: WeakKeyDictionary[Plan, int] = WeakKeyDictionary()  # those that a UNet call followed, and its rows

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from infusion.bench.figures import Record, beside, counted, curves, matched, pooled, row_label
+from infusion.bench.figures import Record, beside, counted, curves, matched, pooled, row_label, wanted
 from infusion.bench.plots import plot, sheets
 from infusion.bench.selection import in_order, refuse_mixtures, whole_subjects
 from infusion.methods import METHODS
@@ -100,6 +100,7 @@ def page(
     left_out: jobs of subjects that not every method has learned yet."""
     job = records[0]["job"]
     subjects = {(r["job"]["subjects_seed"], r["job"]["subject"]) for r in records}
+    places = [wanted(request)["position"] for request in records[0]["requests"]]
     hours = sum(r["seconds"] for r in records) / 3600
     jobs = "1 job" if left_out == 1 else f"{left_out} jobs"
     waiting = (
@@ -115,7 +116,7 @@ def page(
         "What a picture shows is read by the judge (`docs/world.md`). Same hands made world, judge, base and methods: the figures hold for this world.",
         "",
         "Built by `infusion bench report`; run by `infusion bench run`. Intervals are Student's over subjects, 95 %; n is the number of subjects; of one there is no interval. Another figure without one is the same for every subject. "
-        "The noise of a prompt's picture is the same for every subject, so they hold for these prompts and noises; where a prompt leaves the place open, that is five of fourteen.",
+        f"The noise of a prompt's picture is the same for every subject, so they hold for these prompts and noises; where a prompt leaves the place open, that is {places.count(None)} of {len(places)}.",
         "",
         *([reading.strip(), ""] if reading else []),
         "## At the last point",

@@ -50,9 +50,8 @@ def calibrate(
     for seed, i in enumerate(i for _ in range(passes) for i in starts):
         rows = np.arange(i, min(i + batch, len(data)))
         labels = labels_of(data, rows)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            pictures = corrupt(pixels_to_tensor(torch.from_numpy(data.pixels[rows])), autoencoder, rng, 0.6)
+        noise = torch.Generator().manual_seed(seed)
+        pictures = corrupt(pixels_to_tensor(torch.from_numpy(data.pixels[rows])), autoencoder, rng, 0.6, noise)
         maps = look(network, pictures)
         b, s, x, y = cells(labels.centre)
         for k, name in enumerate(SUBJECT_HEADS):

@@ -69,9 +69,15 @@ def shows_change(labels: Labels) -> Tensor:
     return told | (head < 0)
 
 
-def corrupt(pictures: Tensor, autoencoder: AutoencoderKL | None, rng: np.random.Generator, share: float) -> Tensor:
+def corrupt(
+    pictures: Tensor,
+    autoencoder: AutoencoderKL | None,
+    rng: np.random.Generator,
+    share: float,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """What generators do to pictures (n, 3, h, w) in [-1, 1]: half of `share` warped, and a third of `share` each autoencoded,
-    blurred and noised, on the pictures' device, where the autoencoder must be too."""
+    blurred and noised, on the pictures' device, where the autoencoder must be too. generator: of the noise, on the CPU."""
     out = pictures.clone()
     device = out.device
     bent = torch.from_numpy(np.flatnonzero(rng.random(len(out)) < share / 2))
@@ -81,7 +87,7 @@ def corrupt(pictures: Tensor, autoencoder: AutoencoderKL | None, rng: np.random.
     if autoencoder is not None and len(coded):
         with torch.no_grad():
             latents = autoencoder.encode(out[coded]).latent_dist.mean
-            latents = latents + torch.randn(latents.shape).to(latents) * float(rng.uniform(0, 0.3))
+            latents = latents + torch.randn(latents.shape, generator=generator).to(latents) * float(rng.uniform(0, 0.3))
             out[coded] = autoencoder.decode(latents).sample.float().clamp(-1, 1)
     blurred = torch.from_numpy(np.flatnonzero(kind == 2))
     amount = torch.from_numpy(rng.uniform(0.2, 1, (len(blurred), 1, 1, 1)).astype(np.float32)).to(device)
@@ -89,7 +95,7 @@ def corrupt(pictures: Tensor, autoencoder: AutoencoderKL | None, rng: np.random.
     out[blurred] = out[blurred].lerp(F.avg_pool2d(padded, 3, 1), amount)
     noised = torch.from_numpy(np.flatnonzero(kind == 3))
     sigma = torch.from_numpy(rng.uniform(0.02, 0.2, (len(noised), 1, 1, 1)).astype(np.float32))
-    noise = (sigma * torch.randn(len(noised), *out.shape[1:])).to(device)
+    noise = (sigma * torch.randn(len(noised), *out.shape[1:], generator=generator)).to(device)
     out[noised] = (out[noised] + noise).clamp(-1, 1)
     return out
 

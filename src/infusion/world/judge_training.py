@@ -43,7 +43,7 @@ from infusion.world.judge_lessons import (
 )
 from infusion.world.models import pixels_to_tensor
 from infusion.world.release import shipped_autoencoder
-from infusion.world.runs import Run, build_accelerator, check_same, hardware, log, read_log
+from infusion.world.runs import Run, build_accelerator, check_same, generator_of, hardware, log, read_log
 from infusion.world.truth import NONE, SCENE_HEADS, SUBJECT_HEADS
 from infusion.world.twins import VIEWS, Families, build_families, load_families
 
@@ -119,13 +119,13 @@ def train_judge(
     run = Run(network, optimizer, config, folder / "judge.pt")
     while run.unfinished:
         rng = np.random.default_rng((config.seed, run.step))
-        torch.manual_seed(int(np.random.default_rng((config.seed, 23, run.step)).integers(2**31)))  # for `corrupt`
+        noise = generator_of(np.random.default_rng((config.seed, 23, run.step)))
         chosen = rng.choice(len(data) // VIEWS, config.families, replace=False)
         rows = (chosen[:, None] * VIEWS + np.arange(VIEWS)).ravel()
         pictures = pixels_to_tensor(torch.from_numpy(data.pixels[rows])).to(device)
         pictures, labels = mirrored(pictures, labels_of(data, rows), rng)
         with accelerator.autocast():
-            pictures = corrupt(pictures, autoencoder, rng, config.corrupted)
+            pictures = corrupt(pictures, autoencoder, rng, config.corrupted, noise)
             maps = network(pictures.contiguous(memory_format=torch.channels_last))
         losses = judge_losses(maps, labels, config)
         run.update(torch.stack(list(losses.values())).sum(), accelerator)
