@@ -242,7 +242,9 @@ def test_checkups_beside_the_file(tmp_path):
 def test_bad_settings(bad):
     with pytest.raises(InfusionError, match=next(iter(bad))):
         SteerConfig(**bad)
-    with pytest.raises(InfusionError, match=r"'a dog' names no subject; write \{\} where it belongs"):
+    with pytest.raises(
+        InfusionError, match=r"'a dog' does not name the subject exactly once; write \{\} where it stands"
+    ):
         SteerConfig(positioned=("a dog",))
 
 

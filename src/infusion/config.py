@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 from functools import cache
 from typing import Any, get_type_hints
@@ -32,6 +33,14 @@ def check_seed(seed: int) -> None:
     """Raise InfusionError for a seed that torch's generators do not take."""
     if not -(2**63) <= seed < 2**63:
         raise InfusionError(f"seed is {seed}; it must be a whole number of 64 bits, such as one from 0 to {2**63 - 1}.")
+
+
+def check_prompts(prompts: Iterable[str]) -> None:
+    """Raise InfusionError for a prompt that does not leave the subject's place open once, as "{} on the beach" does."""
+    if bad := [p for p in prompts if p.count("{}") != 1]:
+        raise InfusionError(
+            f"The prompt {bad[0]!r} does not name the subject exactly once; write {{}} where it stands."
+        )
 
 
 @cache

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from infusion.album import kept
-from infusion.config import hold_types
+from infusion.config import check_prompts, hold_types
 from infusion.errors import InfusionError
 from infusion.features import FeatureFigures, Features, feature_figures, left_out
 from infusion.generation import Picture, Progress, denoiser, generate, of_each
@@ -81,10 +81,7 @@ class EvaluateConfig:
                 )
         if len(set(self.prompts)) < 2 or len(set(self.others)) < len(self.others) or not self.others:
             raise InfusionError("prompts must hold at least two, and others at least one, none of them twice.")
-        if bad := [p for p in self.prompts if p.count("{}") != 1]:
-            raise InfusionError(
-                f"The prompt {bad[0]!r} does not name the subject exactly once; write {{}} where it stands."
-            )
+        check_prompts(self.prompts)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from infusion.config import hold_types
+from infusion.config import check_prompts, hold_types
 from infusion.errors import InfusionError
 from infusion.evaluation import OTHERS, PROMPTS, forgetting, unrelated
 from infusion.generation import Progress, generate, of_each
@@ -70,8 +70,7 @@ class SteerConfig:
                 raise InfusionError(f"{field} is {getattr(self, field)}; it must be at least {least}.")
         if not self.prompts or not self.positioned:
             raise InfusionError("prompts and positioned must hold at least one prompt each.")
-        if plain := [p for p in (*self.prompts, *self.positioned) if "{}" not in p]:
-            raise InfusionError(f"The prompt {plain[0]!r} names no subject; write {{}} where it belongs.")
+        check_prompts((*self.prompts, *self.positioned))
         if not 0 <= self.limit < 1:
             raise InfusionError(f"limit is {self.limit}; it must lie between 0 and 1, usually 0.1.")
 
