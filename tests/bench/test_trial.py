@@ -42,9 +42,22 @@ def test_a_job(label, guess, monkeypatch):
     else:
         assert last["forgetting"] > 0
     assert record["job"]["settings"].get("max_timestep") == (900 if label == "dreambooth-prior" else None)
+    assert record["versions"].keys() >= {"torch", "diffusers", "transformers"}
+    chosen = record["concept_settings"]  # what the defaults came to on this lesson
+    assert (label == "infusion") == (chosen is not None and chosen["max_timestep"] == 650)
     if label == "dreambooth-prior":  # half a change of all weights moves the base half as far
         full, half = (p["forgetting"] for p in record["points"][-2:])
         assert half < 0.5 * full
     assert (last["bytes"] > 0) == (label != "class-word")
     if label == "class-word":
         assert last["w2"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_jobs_peak_of_memory_is_its_own():
+    held = bytearray(b"x" * (200 << 20))
+    before = trial.peak_memory()
+    del held
+    if trial.forget_peak():
+        assert trial.peak_memory() < before - (100 << 20)
+    else:  # not Linux
+        assert trial.peak_memory() >= before

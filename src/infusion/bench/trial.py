@@ -7,11 +7,14 @@ import io
 import platform
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from infusion.judged import likeness, photo_embedding, stacked
 from infusion.lesson import Lesson, encode_pictures, prepare_lesson
 from infusion.methods import METHODS
 from infusion.methods.dreambooth import prior_lesson
+from infusion.methods.infusion import ConceptAdapter
 from infusion.methods.interface import Adapter, MethodState, stored_bytes
 from infusion.metrics.similarity import spread
 from infusion.metrics.wasserstein import empirical_w2, principal
@@ -43,6 +47,7 @@ from infusion.world.scenes import random_scene
 from infusion.world.vocabulary import BACKGROUND_PHRASES, BACKGROUNDS
 
 PICTURES_SEED = 5_000
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 STRIPS = 2  # subjects whose pictures are kept in the record, one of each prompt
 READING = 2  # one more whenever the same pictures would be read or measured differently: such records are not mixed
 OTHERS = ("cat", "car", "house", "bird", "mug")  # prompts that name neither the subject nor its class
@@ -68,7 +73,7 @@ def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
     """The job's record: its settings, versions, and for each point, a step drawn at one of the strengths, what every picture shows and what
     was measured."""
     torch.set_num_threads(threads)
-    start = time.monotonic()
+    own_peak, start = forget_peak(), time.monotonic()
     pipe, judge = _base(), load_judge()
     chosen = case(job.split, job.subjects_seed, job.subject, **job.modality)
     lesson = prepare_lesson(
@@ -105,12 +110,13 @@ def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
         "points": points,
         "seconds": round(time.monotonic() - start, 1),
         "threads": threads,
-        "worker_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # of all its jobs so far
+        "peak_bytes": peak_memory() if own_peak else None,
+        "concept_settings": _concept_settings(state.adapter),
         "versions": {
             "infusion": infusion.__version__,
             "commit": _commit(),
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            **{library: version(library) for library in LIBRARIES if find_spec(library)},
             "machine": platform.machine(),
         },
         "base": read_index()["sha256"],
@@ -193,6 +199,25 @@ def to_nearest(picture: Image.Image, photos: Tensor) -> float:
     """Root mean square distance of pixels, in [0, 1], to the nearest photo or its mirror image; photos (n, h, w, 3)."""
     both = torch.cat([photos, photos.flip(2)])
     return round(float((_pixels(picture) - both).square().flatten(1).mean(1).sqrt().min()), 4)
+
+
+def _concept_settings(adapter: Any) -> dict[str, Any] | None:
+    """What a concept was learned by, the defaults that depend on the lesson among it; None for other methods, whose defaults depend on nothing."""
+    return dict(adapter.concept.settings) if isinstance(adapter, ConceptAdapter) else None
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held since its start or since `forget_peak`, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak() -> bool:
+    """Begin this process's peak of memory anew, so that it is a job's own and not that of all its worker's; False where that cannot be."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 @cache
