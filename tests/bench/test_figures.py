@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from infusion.bench.figures import beside, coverage, curves, leak, matched, point_figures, pooled, share
+from infusion.bench.figures import after_seconds, beside, coverage, curves, leak, matched, point_figures, pooled, share
 from tests.bench.records import FLOOR, LEAKY, record
 
 
@@ -119,3 +119,24 @@ def test_an_overfitted_method_is_compared_where_it_was_as_faithful():
     assert matched(found, "infusion") == {"class-word": 0, "dreambooth": 40, "lora": 80}
     assert beside(found, "infusion", {"dreambooth": 40})["dreambooth"]["fidelity"].value == 0
     assert beside(found, "infusion")["dreambooth"]["fidelity"].value == pytest.approx(-0.5)
+
+
+def test_rows_are_compared_after_equal_seconds():
+    """Two points at 2 and 6 seconds; a job that other work stretched does not move the median of three."""
+    wrong = {"color1": "green", "color2": "green"}
+
+    def two_points(label, subject, late_seconds):
+        early = record(label, [wrong, {}], subject=subject, samples=40, seconds=2.0)
+        early["points"] += record(label, [{}, {}], subject=subject, seconds=late_seconds)["points"]
+        return early
+
+    jobs = [two_points("lora", i, t) for i, t in enumerate((6.0, 6.0, 60.0))]
+    slow = [record("dreambooth", [{}, {}], subject=i, seconds=7.0) for i in range(3)]
+    quick = [record("infusion", [wrong, {}], subject=i, seconds=3.0) for i in range(3)]
+    found = curves([FLOOR, *jobs, *slow, *quick])
+    then = after_seconds(found, 3.0)
+    assert {name: [*by_samples] for name, by_samples in then.items()} == {"lora": [50], "infusion": [80]}
+    assert pooled(then["lora"][50], "fidelity").value == pytest.approx(0.5 + 0.25 * 0.5)
+    assert beside(then, "infusion")["lora"]["fidelity"].value == pytest.approx(-0.125)
+    assert after_seconds(found, 1.0) == {}
+    assert [*after_seconds(found, 100.0)["dreambooth"]] == [80]

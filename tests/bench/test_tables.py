@@ -46,6 +46,7 @@ def test_the_page(tmp_path):
     assert text.index("## What we claim") < text.index("## At the last point")
     assert "4 jobs on 1 subjects" in text
     assert "| lora, 40 samples | +0.0 |" in text
+    assert "After 3 seconds of learning" in text
     assert "100.0 | 0.8 |" in next(line for line in text.splitlines() if line.startswith("| infusion | 100"))
     assert "dreambooth" in rows
     assert (tmp_path / "trial-run.png").stat().st_size > 10_000

@@ -7,6 +7,7 @@ subjects (Student's), since pictures of one job share its training and jobs of o
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -143,7 +144,7 @@ def row_label(record: Record, point: Mapping[str, Any]) -> str:
 
 
 def curves(records: Iterable[Record]) -> dict[str, dict[int, BySubject]]:
-    """`row_label` -> samples seen -> subject -> job -> its figures at that point, with seconds and bytes. Jobs of one name share photos,
+    """`row_label` -> samples seen -> subject -> job -> its figures at that point, with seconds, bytes and the job's peak of memory. Jobs of one name share photos,
     prompts and seeds."""
     records = list(records)
     floors = {key(r): r["points"][0] for r in records if r["job"]["method"] == "class-word"}
@@ -152,7 +153,7 @@ def curves(records: Iterable[Record]) -> dict[str, dict[int, BySubject]]:
         for point in record["points"]:
             by_samples = found.setdefault(row_label(record, point), {})
             figures = point_figures(record, point, floors.get(key(record)))
-            figures |= {"seconds": point["seconds"], "bytes": point["bytes"]}
+            figures |= {"seconds": point["seconds"], "bytes": point["bytes"], "peak_bytes": record.get("peak_bytes")}
             jobs = by_samples.setdefault(point["samples"], {}).setdefault(subject(record), {})
             jobs[key(record), record["job"]["seed"]] = figures
     return found
@@ -195,6 +196,35 @@ def matched(found: Mapping[str, Mapping[int, BySubject]], label: str) -> dict[st
     return nearest
 
 
+def median_seconds(rows: BySubject) -> float:
+    """Seconds of learning behind a point, median over its jobs: other work on the machine stretches some of them."""
+    return median(float(figures["seconds"] or 0) for jobs in rows.values() for figures in jobs.values())
+
+
+def after_seconds(found: Mapping[str, Mapping[int, BySubject]], seconds: float) -> dict[str, dict[int, BySubject]]:
+    """From `curves`: the rows that learn as they are after that many seconds, on the straight line between their points before and after, by
+    `median_seconds`; under the samples seen by then. Rows with their first point later are left out; those that end before keep their last."""
+    result: dict[str, dict[int, BySubject]] = {}
+    for label, by_samples in found.items():
+        times = {s: median_seconds(by_samples[s]) for s in sorted(by_samples) if s}
+        before = max((s for s, t in times.items() if t <= seconds), default=None)
+        if before is None:
+            continue
+        after = min((s for s, t in times.items() if t > seconds), default=before)
+        way = (seconds - times[before]) / (times[after] - times[before]) if after != before else 0.0
+        result[label] = {
+            round(before + way * (after - before)): {
+                whose: {
+                    job: {n: _between(figures[n], by_samples[after][whose][job].get(n), way) for n in figures}
+                    for job, figures in jobs.items()
+                    if job in by_samples[after].get(whose, {})
+                }
+                for whose, jobs in by_samples[before].items()
+            }
+        }
+    return result
+
+
 def pooled(rows: BySubject, name: str) -> Estimate | None:
     """Mean of a figure over subjects, each the mean of its jobs; None where no job has it."""
     values = [
@@ -218,6 +248,10 @@ def _found(cosines: Iterable[float]) -> list[float]:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def _between(a: float | None, b: float | None, way: float) -> float | None:
+    return None if a is None or b is None else a + way * (b - a)
 
 
 def _minus(a: float | None, b: float | None) -> float | None:

@@ -10,7 +10,18 @@ from typing import Any
 
 import torch
 
-from infusion.bench.figures import Record, beside, counted, curves, matched, pooled, row_label, wanted
+from infusion.bench.figures import (
+    Record,
+    after_seconds,
+    beside,
+    counted,
+    curves,
+    matched,
+    median_seconds,
+    pooled,
+    row_label,
+    wanted,
+)
 from infusion.bench.plots import plot, sheets
 from infusion.bench.selection import in_order, refuse_mixtures, whole_subjects
 from infusion.methods import METHODS
@@ -61,6 +72,12 @@ BESIDE = (
     ("variety", "variety", "pp"),
     ("forgetting", "LFD, other prompts", "e"),
 )
+IN_TIME = (
+    ("fidelity", "subject fidelity", "%"),
+    ("kind", "class", "%"),
+    ("text_beside_base", "text beside the base", "pp"),
+    ("pull_position", "place pull", "pp"),
+)
 PARTS = (("color1", "first colour"), ("color2", "second colour"), ("pattern", "pattern"), ("accessory", "accessory"))
 SEARCHED = 8
 _VARIETY = "Variety: mean distance among pictures of one prompt. "
@@ -102,6 +119,7 @@ def page(
     subjects = {(r["job"]["subjects_seed"], r["job"]["subject"]) for r in records}
     places = [wanted(request)["position"] for request in records[0]["requests"]]
     hours = sum(r["seconds"] for r in records) / 3600
+    ours = _ours(records)
     jobs = "1 job" if left_out == 1 else f"{left_out} jobs"
     waiting = (
         f"; {jobs} of subjects that not every method has learned yet {'is' if left_out == 1 else 'are'} left out"
@@ -128,7 +146,7 @@ def page(
         "Leak: how often the photos' background or position comes back where another was asked for, above the base's rate on the same prompts and seeds. Place pull: how often their position comes back where the prompt leaves it open, above the base's rate too. LFD: latent Fisher divergence, eps form. "
         "class-word and described learn nothing: the floor and what words alone can do.",
         "",
-        *(line for label in _ours(records) for line in _beside(found, label)),
+        *(line for label in ours for line in _beside(found, label)),
         "## The subject, attribute by attribute",
         "",
         *_table(found, tuple((name, label, "%") for name, label in PARTS)),
@@ -144,8 +162,11 @@ def page(
         "",
         "## Cost",
         "",
+        "Median seconds over subjects: other work on the machine stretched some. Memory: the most that a job's process held, the base, pictures and measures included, of the records that say it.",
+        "",
         *_costs(records, found),
         "",
+        *(line for label in ours[:1] for line in _at_equal_seconds(found, label)),
         "## As learning goes on",
         "",
         *(
@@ -231,21 +252,47 @@ def _cell(e: Estimate | None, unit: str, pictures: int = 0, hits: int = 0, of: i
     return (f"{value} [{low}, {high}]" if e.n > 1 and low != high else value) + fewer
 
 
+def _at_equal_seconds(found: dict, label: str) -> list[str]:
+    """What every row has reached after as many seconds as the quickest takes to its end, with `label` minus each in fidelity."""
+    ends = {name: median_seconds(by_samples[max(by_samples)]) for name, by_samples in found.items() if max(by_samples)}
+    seconds = min(ends.values())
+    then = after_seconds(found, seconds)
+    others = beside(then, label)
+    rows = [
+        f"| method | samples by then | {' | '.join(title for _, title, _ in IN_TIME)} | {label} minus it, fidelity | seconds to the end |",
+        "|---" * (len(IN_TIME) + 4) + "|",
+    ]
+    for name, by_samples in then.items():
+        ((samples, figures),) = by_samples.items()
+        cells = [_cell(pooled(figures, column), unit) for column, _, unit in IN_TIME]
+        difference = _cell(others.get(name, {}).get("fidelity"), "pp")
+        rows.append(f"| {name} | {samples:,} | {' | '.join(cells)} | {difference} | {ends[name]:.0f} |")
+    return [
+        "## At equal seconds",
+        "",
+        f"After {seconds:.0f} seconds of learning, as many as the quickest row takes to its end; straight between the points before and after, by each row's median seconds over subjects, since other work on the machine stretched some. Rows whose first point comes later are left out.",
+        "",
+        *rows,
+        "",
+    ]
+
+
 def _costs(records: Sequence[Record], found: dict) -> list[str]:
     threads = sorted({r["threads"] for r in records})
     rows = [
-        f"| method | samples | seconds to learn, {'/'.join(map(str, threads))} thread(s) | bytes in fp16 | settings |",
-        "|---|---|---|---|---|",
+        f"| method | samples | seconds to learn, {'/'.join(map(str, threads))} thread(s) | peak memory, MiB | bytes in fp16 | settings |",
+        "|---|---|---|---|---|---|",
     ]
     settings = {row_label(r, point): _own_settings(r["job"]) for r in records for point in r["points"]}
     for label, by_samples in found.items():
         samples = max(by_samples)
-        seconds, size = pooled(by_samples[samples], "seconds"), pooled(by_samples[samples], "bytes")
-        assert seconds is not None
+        seconds, size = median_seconds(by_samples[samples]), pooled(by_samples[samples], "bytes")
+        peak = pooled(by_samples[samples], "peak_bytes")
         assert size is not None
         if samples:
             told = ", ".join(f"{k} {v}" for k, v in settings[label].items()) or "defaults"
-            rows.append(f"| {label} | {samples:,} | {seconds.value:.0f} | {size.value:,.0f} | {told} |")
+            memory = f"{peak.value / 2**20:,.0f} (n = {peak.n})" if peak else ""
+            rows.append(f"| {label} | {samples:,} | {seconds:.0f} | {memory} | {size.value:,.0f} | {told} |")
     return rows
 
 
