@@ -68,6 +68,9 @@ def test_a_concept_forgets_nothing_and_a_tuned_unet_does(pipe, photos, tmp_path)
     assert record["figures"]["forgetting"]["eps"]["value"] == tuned.figures.forgetting.eps.value
     assert escape(tuned.verdict[0]).replace("&#x27;", "&#39;") in page.read_text()
     assert page.read_text().count("data:image/png") == 3 + 3 * 2
+    assert record["seconds"].keys() >= {"the adapter's pictures", "the base's pictures", "forgetting"}
+    assert sum(record["seconds"].values()) > 0
+    assert [told.split(":")[0] for told in record["left_out"]] == ["CLIP-I and CLIP-T", "DINO", "LPIPS"]
 
 
 @pytest.mark.parametrize("kind", ["unet", "concept"])
@@ -88,6 +91,16 @@ def test_photos_without_a_background_give_no_background_figure(pipe, photos):
     figures = evaluate(pipe, ConceptAdapter("<milo>", random_concept(pipe.unet)), filled[:1], "dog", CONFIG).figures
     assert figures.background is None
     assert "cannot be told" in verdict(figures)[1]
+
+
+@pytest.mark.parametrize("sizes", [[(16, 16)], [(40, 24), (9, 30), (300, 200)]])
+def test_one_photo_and_photos_of_different_sizes(pipe, sizes):
+    rng = np.random.default_rng(0)
+    photos = [Photo(Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8))) for w, h in sizes]
+    found = evaluate(pipe, ConceptAdapter("<milo>", random_concept(pipe.unet)), photos, "dog", CONFIG)
+    assert {p.size for p in found.lesson.pictures} == {found.custom[0].image.size}
+    assert set(found.nearest) <= set(range(len(sizes)))
+    assert found.figures.nearest_photo.n == 4
 
 
 def test_verdicts(pipe, photos):
@@ -115,7 +128,7 @@ def test_what_the_judge_sees_come_back_is_in_the_verdict(pipe, photos):
     shown = (["left"] * 15 + ["right"] * 5, ["right"] * 20)
     leaks = {"position": leak(*shown, ["right"] * 20, "left"), "style": leak(["a"] * 20, ["a"] * 20, ["b"] * 20, "a")}
     pulls = {"position": pull(*shown, [None] * 20, "right"), "style": pull(*shown, [None] * 20, "left")}
-    said = verdict(replace(figures, judged=JudgedFigures(None, None, None, None, None, None, leaks, pulls)))
+    said = verdict(replace(figures, judged=JudgedFigures(*[None] * 6, leaks, pulls, *[None] * 4)))
     assert said[2].startswith(
         "By the judge the photos' position comes back where another was asked for: in 75% of such"
     )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -17,8 +21,9 @@ from transformers import (
 )
 
 from infusion.errors import InfusionError
-from infusion.features import feature_figures, left_out, load_features
-from infusion.judged import judged_figures
+from infusion.features import Lpips, feature_figures, left_out, load_features, load_lpips, lpips_figures
+from infusion.judged import judged_figures, likeness, photo_embedding
+from infusion.photos import to_tensor
 from infusion.world.judge import Reading
 from infusion.world.questions import asked_in
 from infusion.world.tokenizer import build_tokenizer
@@ -103,10 +108,61 @@ def test_figures_equal_the_models_written_out(clip, dino):
 
 def test_what_is_missing_is_named_with_how_to_get_it(clip, tmp_path):
     assert load_features() == ()
-    assert [m.split(":")[0] for m in left_out(())] == ["CLIP-I and CLIP-T", "DINO"]
-    assert [m.split(":")[0] for m in left_out(load_features(clip))] == ["DINO"]
+    assert [m.split(":")[0] for m in left_out(())] == ["CLIP-I and CLIP-T", "DINO", "LPIPS"]
+    assert [m.split(":")[0] for m in left_out(load_features(clip), Lpips(None))] == ["DINO"]
     with pytest.raises(InfusionError, match=r"CLIP weights .* cannot be loaded"):
         load_features(clip=str(tmp_path))
+
+
+def alexnet(weights=None):
+    """AlexNet's feature layers as torchvision has them, with random weights."""
+    torch.manual_seed(0)
+    conv, relu, pool = torch.nn.Conv2d, torch.nn.ReLU, torch.nn.MaxPool2d(3, 2)
+    layers = [conv(3, 64, 11, 4, 2), relu(), pool, conv(64, 192, 5, 1, 2), relu(), pool, conv(192, 384, 3, 1, 1)]
+    layers += [relu(), conv(384, 256, 3, 1, 1), relu(), conv(256, 256, 3, 1, 1), relu(), pool]
+    return SimpleNamespace(features=torch.nn.Sequential(*layers))
+
+
+def test_lpips_equals_its_equation_and_its_figures_the_pairs_written_out(monkeypatch):
+    """d(x, y) = sum over layers of the mean over pixels of w (unit features' difference)^2 (arXiv 1801.03924, equation 1)."""
+    if not find_spec("torchvision"):
+        with pytest.raises(InfusionError, match=r"LPIPS cannot be had .* the torchvision of your torch"):
+            load_lpips()
+    vision = ModuleType("torchvision")
+    vision.models = SimpleNamespace(alexnet=alexnet, AlexNet_Weights=SimpleNamespace(DEFAULT=None))
+    monkeypatch.setitem(sys.modules, "torchvision", vision)
+    for name in ("torchmetrics.image.lpip", "torchmetrics.functional.image.lpips"):
+        monkeypatch.setattr(f"{name}._TORCHVISION_AVAILABLE", True)
+    lpips = load_lpips()
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (70, 66, 3), dtype=np.uint8)) for _ in range(10)]
+    layers = alexnet().features
+    shift, scale = (torch.tensor(v).view(3, 1, 1) for v in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]))
+
+    def distance(a, b):
+        total, x = 0.0, (torch.stack([to_tensor([i])[0] for i in (a, b)]) - shift) / scale
+        with torch.no_grad():
+            for place, layer in enumerate(layers):
+                x = layer(x)
+                if place in (1, 4, 7, 9, 11):
+                    one, other = x / x.norm(dim=1, keepdim=True)
+                    weight = lpips.net.lins[(1, 4, 7, 9, 11).index(place)].model[-1].weight.view(-1, 1, 1)
+                    total += float((weight * (one - other) ** 2).sum(0).mean())
+        return total
+
+    near = lambda value: pytest.approx(value, rel=1e-3)  # noqa: E731
+    assert lpips.distances(images[:3], images[3:6], batch=2).tolist() == near(
+        [distance(a, b) for a, b in zip(images[:3], images[3:6], strict=True)]
+    )
+    assert float(lpips.distances(images[:1], images[:1])) == 0
+    ours, theirs, photos = images[:4], images[4:8], images[8:]
+    found = lpips_figures(lpips, ours, theirs, photos, 2)
+    assert found.diversity.value == near((distance(*ours[:2]) + distance(*ours[2:])) / 2)
+    assert found.diversity_base.value == near((distance(*theirs[:2]) + distance(*theirs[2:])) / 2)
+    assert found.diversity_above.value == near(found.diversity.value - found.diversity_base.value)
+    closest = [min(distance(p, photo) for photo in photos) for p in (*ours, *theirs)]
+    assert found.nearest_photo.value == near(sum(closest[:4]) / 4)
+    assert found.nearest_photo_above.value == pytest.approx((sum(closest[:4]) - sum(closest[4:])) / 4, abs=1e-4)
 
 
 def test_what_a_prompt_asks_for():
@@ -147,8 +203,8 @@ def test_judged_figures():
         "a photo of a dog in the snow",
         "a photo of a dog in the snow",
     ]
-    judge = Told([right, leaky, nothing], [leaky, right, right], [photo, photo, leaky])
-    found = judged_figures(judge, *(pictures(3, i) for i in range(3)), prompts)
+    judge = Told([right, leaky, nothing], [leaky, right, right], [photo, photo, leaky], [leaky, right], [right, right])
+    found = judged_figures(judge, *(pictures(3, i) for i in range(3)), prompts, (pictures(2, 3), pictures(2, 4)), 3)
     ours = [1.0, 0.75, 0.0]  # red blue plain none; green is wrong; nothing was found
     theirs = [0.75, 1.0, 1.0]
     assert found.attributes.value == pytest.approx(sum(ours) / 3)
@@ -161,14 +217,23 @@ def test_judged_figures():
     assert found.leaks["background"].unread == 1
     assert found.leaks["position"].custom.value == 0
     assert found.pulls.keys() == {"position"}  # every prompt names a background and a style
+    apart, theirs_apart = (right.subjects[0].embedding - leaky.subjects[0].embedding).norm(), [1, 1, 0]
+    assert found.variety.value == pytest.approx(float(apart))  # of two, since nothing was found in the third
+    assert found.variety_above.value == pytest.approx(float(apart) * (1 - sum(theirs_apart) / 3))
+    truth = photo_embedding([photo, photo, leaky])
+    of_class = [likeness(r, truth) for r in (leaky, right)]
+    assert found.preservation.value == pytest.approx(sum(of_class) / 2)
+    assert found.preservation_above.value == pytest.approx((of_class[0] - of_class[1]) / 2)
     assert (found.pulls["position"].custom.n, found.pulls["position"].unread) == (1, 1)  # the third shows nothing
 
 
 def test_a_sketch_is_not_asked_for_colours():
     photo = Reading("beach", "photo", (reading("dog", "red"),))
     sketch = Reading("snow", "sketch", (reading("dog", None),))
-    judge = Told([sketch], [photo], [photo])
-    found = judged_figures(judge, *(pictures(1, i) for i in range(3)), ["a sketch of a dog in the snow"])
+    judge = Told([sketch], [photo], [photo], [photo], [photo])
+    three, classes = (pictures(1, i) for i in range(3)), (pictures(1, 3), pictures(1, 4))
+    found = judged_figures(judge, *three, ["a sketch of a dog in the snow"], classes, 1)
+    assert found.variety is None  # one picture a prompt
     assert found.attributes.value == pytest.approx(
         sum(getattr(sketch.subjects[0], n) == getattr(photo.subjects[0], n) for n in ("pattern", "accessory")) / 2
     )
@@ -176,7 +241,9 @@ def test_a_sketch_is_not_asked_for_colours():
 
 def test_photos_without_a_subject_are_no_error():
     empty = Reading("beach", "photo", ())
-    found = judged_figures(Told([empty], [empty], [empty]), *(pictures(1, i) for i in range(3)), ["a dog"])
+    classes = (pictures(1, 3), pictures(1, 4))
+    found = judged_figures(Told(*[[empty]] * 5), *(pictures(1, i) for i in range(3)), ["a dog"], classes, 1)
+    assert found.preservation is None
     assert found.likeness is None
     assert found.text is None
     assert found.leaks == {}

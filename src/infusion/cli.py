@@ -293,6 +293,9 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="Pictures a prompt, by the base and by the adapter.")] = 10,
     clip: Annotated[str | None, typer.Option(help="CLIP weights for CLIP-I and CLIP-T: a folder or a hub id.")] = None,
     dino: Annotated[str | None, typer.Option(help="DINO weights for subject fidelity: a folder or a hub id.")] = None,
+    lpips: Annotated[
+        bool, typer.Option("--lpips", help="Diversity and copies by LPIPS too, with torchvision's AlexNet.")
+    ] = False,
     cache: Annotated[
         bool, typer.Option(help="Keep the base's own pictures in ~/.cache/infusion for the next evaluation.")
     ] = True,
@@ -309,7 +312,7 @@ def evaluate(
         from infusion.evaluation import EvaluateConfig
         from infusion.evaluation import evaluate as measure
         from infusion.evaluation_report import write_report
-        from infusion.features import load_features
+        from infusion.features import load_features, load_lpips
         from infusion.photos import load_photos
         from infusion.steering import read_checkups
         from infusion.streams import execution_device
@@ -318,7 +321,7 @@ def evaluate(
         config = EvaluateConfig(seeds=seeds, batch=batch)
         pictures = load_photos(photos)
         loaded, checkups = load_adapter(adapter, word, subject, prediction), read_checkups(adapter)
-        spaces = load_features(clip, dino)
+        spaces, distance = load_features(clip, dino), load_lpips() if lpips else None
         writable(out / "report.html")
         known_word(base, word)
         asked = "" if subject else " (no --subject was given; a LoRA's trigger word goes there)"
@@ -326,9 +329,11 @@ def evaluate(
         pipe = load_base(base, device, dtype, prediction)
         for space in spaces:
             space.model.to(execution_device(pipe))
+        if distance:
+            distance.net.to(execution_device(pipe))
         judge = shipped_judge() if base == EMBEDDED else None
         album = default_album() if cache else None
-        evaluation = measure(pipe, loaded, pictures, word, config, told, spaces, judge, album)
+        evaluation = measure(pipe, loaded, pictures, word, config, told, spaces, judge, album, distance)
         report = write_report(evaluation, out, base, adapter.resolve().name, checkups)
     for sentence in evaluation.verdict:
         say.print(sentence)

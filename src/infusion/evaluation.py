@@ -10,7 +10,9 @@ embedded base; what is left out is named.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from torch import Tensor
 from infusion.album import kept
 from infusion.config import check_prompts, hold_types
 from infusion.errors import InfusionError
-from infusion.features import FeatureFigures, Features, feature_figures, left_out
+from infusion.features import FeatureFigures, Features, Lpips, LpipsFigures, feature_figures, left_out, lpips_figures
 from infusion.generation import Picture, Progress, denoiser, generate, of_each
 from infusion.judged import JudgedFigures, judged_figures
 from infusion.lesson import Lesson, check_noise, encode_pictures, prepare_lesson
@@ -53,7 +55,6 @@ OTHERS = (
     "a house in the forest",
     "a sketch of a bird",
 )
-LPIPS = "LPIPS: not offered; its weights come with torchvision, which is not a dependency"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Figures:
     class word alone, where only a prior that is preserved holds. w2, w2_exact: squared distance (W2^2) to the base's pictures of the class in
     the principal components of both, Gaussian and by optimal transport. background: similarity to the photos outside
     the subject, None where the photos show no background. nearest_photo: of the whole picture, the subject
-    included. variety: mean Euclidean distance among pictures of one prompt. features: by feature space, where weights were
+    included. variety: mean Euclidean distance among pictures of one prompt. features: by feature space, and lpips, where weights were
     given. judged: on the embedded base.
     """
 
@@ -111,11 +112,12 @@ class Figures:
     pictures: int
     features: dict[str, FeatureFigures] = field(default_factory=dict)
     judged: JudgedFigures | None = None
+    lpips: LpipsFigures | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures, a verdict in sentences, and the pictures behind them: by prompt, first seed first."""
+    """Figures, a verdict in sentences, and the pictures behind them: by prompt, first seed first. seconds: where the time went, by stage."""
 
     subject: str
     figures: Figures
@@ -126,6 +128,7 @@ class Evaluation:
     lesson: Lesson
     config: EvaluateConfig
     left_out: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate(
@@ -138,11 +141,12 @@ def evaluate(
     spaces: Sequence[Features] = (),
     judge: Judge | None = None,
     album: Path | None = None,
+    lpips: Lpips | None = None,
 ) -> Evaluation:
     """Measure `adapter` on its base `pipe` against the photos it was learned from. Leaves nothing on the pipeline.
 
     spaces: feature spaces beside the autoencoder's latents. judge: for the embedded base alone. album: a folder in which the base's own
-    pictures are kept for the next evaluation of that class (`album.kept`).
+    pictures are kept for the next evaluation of that class (`album.kept`). lpips: to measure by LPIPS too.
 
     Raises InfusionError for an adapter of another base.
     """
@@ -165,30 +169,61 @@ def evaluate(
         return kept(album, pipe, prompts, seeds, settings, lambda: drawn(label, pipe, prompts, seeds))
 
     settings = {name: getattr(config, name) for name in ("steps", "guidance_scale", "batch")}
-    with adapter.attached(pipe) as custom:  # first, so that an adapter of another base is refused before any work
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "the adapter's pictures"), adapter.attached(pipe) as custom:
+        # first, so that an adapter of another base is refused before any work
         ours = drawn("Drawing with the adapter", custom, [t.replace("{}", adapter.subject) for t in texts], seeds)
-    base = by_base("Drawing with the base", [t.replace("{}", f"a {word}") for t in texts], seeds)
-    lesson = prepare_lesson(pipe, photos, word, "subject", flip=False)
+    plain = [t.replace("{}", f"a {word}") for t in texts]
     generic = f"a photo of a {word} in the city"
     other_texts = [p for p in (*others, generic) for _ in range(config.other_seeds)]
-    other_seeds = [config.seed + i for i in range(len(other_texts))]
-    other = by_base("Drawing other prompts with the base", other_texts, other_seeds)
-    latents = dict(
-        zip((*others, generic), encode_pictures(pipe, [p.image for p in other]).split(config.other_seeds), strict=True)
-    )
+    with _timed(seconds, "the base's pictures"):
+        base = by_base("Drawing with the base", plain, seeds)
+        other_seeds = [config.seed + i for i in range(len(other_texts))]
+        other = by_base("Drawing other prompts with the base", other_texts, other_seeds)
+    with _timed(seconds, "the class word's pictures"):
+        of_class = other[-config.other_seeds :]
+        classes = _of_class(drawn, adapter, pipe, of_class) if spaces or judge else ([], [])
     told("Measuring", 0, 1)
-    forgotten = forgetting(pipe, adapter, [{o: latents[o] for o in others}, {generic: latents[generic]}], config.seed)
-    figures, nearest_photos = _figures(pipe, lesson, base, ours, forgotten, config)
+    with _timed(seconds, "photos and latents"):
+        lesson = prepare_lesson(pipe, photos, word, "subject", flip=False)
+        parts = encode_pictures(pipe, [p.image for p in other]).split(config.other_seeds)
+        latents = dict(zip((*others, generic), parts, strict=True))
+    with _timed(seconds, "forgetting"):
+        groups = [{o: latents[o] for o in others}, {generic: latents[generic]}]
+        forgotten = forgetting(pipe, adapter, groups, config.seed)
+    with _timed(seconds, "figures in latents"):
+        figures, nearest_photos = _figures(pipe, lesson, base, ours, forgotten, config)
     pictures = [p.image for p in ours], [p.image for p in base], list(lesson.pictures)
-    plain = [t.replace("{}", f"a {word}") for t in texts]
-    classes = _of_class(drawn, adapter, pipe, other[-config.other_seeds :]) if spaces else ([], [])
-    figures = replace(
+    for space in spaces:
+        with _timed(seconds, f"figures in {space.name}"):
+            figures.features[space.name] = feature_figures(space, *pictures, plain, classes, config.seeds)
+    if lpips:
+        with _timed(seconds, "figures by LPIPS"):
+            figures = replace(figures, lpips=lpips_figures(lpips, *pictures, config.seeds))
+    if judge:
+        with _timed(seconds, "the judge"):
+            kind = class_words().get(word.lower())
+            figures = replace(figures, judged=judged_figures(judge, *pictures, plain, classes, config.seeds, kind))
+    return Evaluation(
+        adapter.subject,
         figures,
-        features={space.name: feature_figures(space, *pictures, plain, classes, config.seeds) for space in spaces},
-        judged=judged_figures(judge, *pictures, plain, class_words().get(word.lower())) if judge else None,
+        verdict(figures),
+        base,
+        ours,
+        nearest_photos,
+        lesson,
+        config,
+        left_out(spaces, lpips),
+        seconds,
     )
-    missing = (*left_out(spaces), LPIPS)
-    return Evaluation(adapter.subject, figures, verdict(figures), base, ours, nearest_photos, lesson, config, missing)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add what the block takes to its stage's seconds."""
+    start = time.monotonic()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - start
 
 
 def _of_class(

@@ -56,6 +56,7 @@ def write_report(
             *_feature_facts(f),
             *(("Left out, for want of weights", told) for told in e.left_out),
             ("Base; adapter", f"{base}; {adapter}"),
+            ("Seconds", ", ".join(f"{stage} {took:.1f}" for stage, took in e.seconds.items())),
         ],
         charts=_curves(checkups),
     )
@@ -66,6 +67,7 @@ def write_report(
         "figures": asdict(f),
         "settings": asdict(e.config),
         "left_out": e.left_out,
+        "seconds": {stage: round(took, 2) for stage, took in e.seconds.items()},
         "checkups": list(checkups),
     }
     (folder / "figures.json").write_text(json.dumps(_bounded(record), indent=1, allow_nan=False) + "\n")
@@ -92,6 +94,16 @@ def _feature_facts(f: Figures) -> list[tuple[str, str]]:
             (f"{name}: the plain class word's pictures like the photos (PRES)", str(x.preservation)),
             ("The same, above the base's", str(x.preservation_above)),
         ]
+    if f.lpips:
+        facts += [
+            (
+                "LPIPS: diversity of one prompt's pictures (DIV); the base's",
+                f"{f.lpips.diversity}; {f.lpips.diversity_base}",
+            ),
+            ("The same, above the base's", str(f.lpips.diversity_above)),
+            ("LPIPS: distance to the nearest photo", str(f.lpips.nearest_photo)),
+            ("The same, above the base's", str(f.lpips.nearest_photo_above)),
+        ]
     if j := f.judged:
         if j.likeness and j.likeness_above:
             facts += [("Judge: like the photos' subject, where one is found", str(j.likeness))]
@@ -104,6 +116,12 @@ def _feature_facts(f: Figures) -> list[tuple[str, str]]:
                 ("Judge: background, style and place as asked", str(j.text)),
                 ("The same, above the base's", str(j.text_above)),
             ]
+        if j.variety and j.variety_above:
+            facts += [("Judge: variety of the subject within a prompt", str(j.variety))]
+            facts += [("The same, above the base's", str(j.variety_above))]
+        if j.preservation and j.preservation_above:
+            facts += [("Judge: the plain class word's pictures like the photos' subject (PRES)", str(j.preservation))]
+            facts += [("The same, above the base's", str(j.preservation_above))]
         facts += [
             (
                 f"Judge: the photos' {name} where {prompt}, above the base's",

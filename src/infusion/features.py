@@ -1,4 +1,5 @@
-"""Feature spaces of pictures and texts from weights that the user has: CLIP, DINO; nothing is downloaded unless it is named by a hub id.
+"""Feature spaces of pictures and texts from weights that the user has: CLIP, DINO; nothing is downloaded unless it is named by a hub id. LPIPS,
+which is a distance and no space, beside them.
 
 spaces = load_features(clip="weights/clip-vit-base-patch32", dino="weights/dinov2-small")
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +17,9 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
 
 from infusion.errors import InfusionError
-from infusion.metrics.estimate import Estimate, paired
+from infusion.metrics.estimate import Estimate, bootstrap, paired
 from infusion.metrics.similarity import agreement, alignment, diversity, fidelity, preservation, resemblance
+from infusion.photos import to_tensor
 
 
 class Features(Protocol):
@@ -87,6 +90,71 @@ class FeatureFigures:
     preservation_above: Estimate
 
 
+@dataclass(frozen=True)
+class Lpips:
+    """LPIPS on AlexNet (Zhang et al., arXiv 1801.03924), by torchmetrics."""
+
+    net: Any
+
+    @torch.no_grad()
+    def distances(self, a: Sequence[Image.Image], b: Sequence[Image.Image], batch: int = 32) -> Tensor:
+        """Of each pair of pictures, all of one size: (n,) float64, 0 for equal ones."""
+        device = next(self.net.parameters()).device
+        found = []
+        for i in range(0, len(a), batch):
+            x, y = (to_tensor(part[i : i + batch]).to(device) for part in (a, b))
+            found.append(self.net(x, y).flatten().cpu().double())
+        return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class LpipsFigures:
+    """diversity: mean distance among one prompt's pictures, a sample a prompt (DIV of DreamBooth, arXiv 2208.12242). nearest_photo: distance of
+    a picture to the nearest photo; small is a copy. `above` are the paired differences to the base's pictures."""
+
+    diversity: Estimate
+    diversity_base: Estimate
+    diversity_above: Estimate
+    nearest_photo: Estimate
+    nearest_photo_above: Estimate
+
+
+def load_lpips() -> Lpips:
+    """LPIPS with the weights that come with torchvision (AlexNet, downloaded once) and torchmetrics. Raises InfusionError where they are not to be had."""
+    try:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        return Lpips(LearnedPerceptualImagePatchSimilarity("alex").net)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise InfusionError(
+            f"LPIPS cannot be had ({str(error).splitlines()[0][:160]}); pip install torchmetrics and the torchvision of your torch, which downloads its AlexNet once."
+        ) from None
+
+
+def lpips_figures(
+    lpips: Lpips,
+    custom: Sequence[Image.Image],
+    base: Sequence[Image.Image],
+    photos: Sequence[Image.Image],
+    each: int,
+) -> LpipsFigures:
+    """Figures of pictures (n) beside the base's (n) of the same prompts, `each` pictures of a prompt in a row, and seeds; all of one size."""
+
+    def diversities(pictures: Sequence[Image.Image]) -> Tensor:
+        pairs = [p for i in range(0, len(pictures), each) for p in combinations(pictures[i : i + each], 2)]
+        return lpips.distances(*zip(*pairs, strict=True)).unflatten(0, (len(pictures) // each, -1)).mean(1)
+
+    def nearest(pictures: Sequence[Image.Image]) -> Tensor:
+        pairs = list(product(pictures, photos))
+        return lpips.distances(*zip(*pairs, strict=True)).unflatten(0, (-1, len(photos))).amin(1)
+
+    ours, theirs = diversities(custom), diversities(base)
+    near, base_near = nearest(custom), nearest(base)
+    return LpipsFigures(
+        bootstrap(ours), bootstrap(theirs), paired(ours, theirs), bootstrap(near), paired(near, base_near)
+    )
+
+
 def load_features(clip: str | None = None, dino: str | None = None) -> tuple[Features, ...]:
     """The spaces whose weights are given, as a folder or a hub id. Raises InfusionError for weights that cannot be loaded."""
     found: list[Features] = []
@@ -132,13 +200,15 @@ def feature_figures(
     )
 
 
-def left_out(spaces: Sequence[Features]) -> list[str]:
+def left_out(spaces: Sequence[Features], lpips: Lpips | None = None) -> tuple[str, ...]:
     """What is not measured for want of weights, each with how to get it."""
     missing = {
         "CLIP": "CLIP-I and CLIP-T: give --clip openai/clip-vit-base-patch32 or a folder of it",
         "DINO": "DINO: give --dino facebook/dino-vits16 or a folder of it",
+        "LPIPS": "LPIPS: install torchmetrics and torchvision and give --lpips",
     }
-    return [told for name, told in missing.items() if name not in {s.name for s in spaces}]
+    there = {space.name for space in spaces} | ({"LPIPS"} if lpips else set())
+    return tuple(told for name, told in missing.items() if name not in there)
 
 
 def _loaded(kind: str, source: str, load: Any) -> Features:

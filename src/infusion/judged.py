@@ -14,6 +14,7 @@ from torch import Tensor
 
 from infusion.metrics.estimate import Estimate, bootstrap, paired
 from infusion.metrics.leaks import Leak, leak, pull
+from infusion.metrics.similarity import spread
 from infusion.world.judge import Judge, Reading
 from infusion.world.questions import asked_in, meant, shown
 from infusion.world.truth import ATTRIBUTES, COLORED, TEXT
@@ -25,7 +26,8 @@ class JudgedFigures:
     none is. attributes: mean share of the subject's colours (where the style asked for shows any), pattern and
     accessory, as the judge reads them from the photos, that a picture shows too. text: share of background, style and position asked for that are
     there. Each with the paired difference to the base. leaks: how often the photos' own comes back where another was asked
-    for; pulls: where that was left open; only what most photos share is looked for."""
+    for; pulls: where that was left open; only what most photos share is looked for. variety: mean Euclidean distance among the embeddings of one
+    prompt's subjects, a sample a prompt. preservation (PRES): likeness of the plain class word's pictures to the photos' subject; higher is worse."""
 
     likeness: Estimate | None
     likeness_above: Estimate | None
@@ -35,6 +37,10 @@ class JudgedFigures:
     text_above: Estimate | None
     leaks: dict[str, Leak]
     pulls: dict[str, Leak]
+    variety: Estimate | None
+    variety_above: Estimate | None
+    preservation: Estimate | None
+    preservation_above: Estimate | None
 
 
 def judged_figures(
@@ -43,13 +49,18 @@ def judged_figures(
     base: Sequence[Image.Image],
     photos: Sequence[Image.Image],
     prompts: Sequence[str],
+    classes: tuple[Sequence[Image.Image], Sequence[Image.Image]],
+    each: int,
     kind: str | None = None,
 ) -> JudgedFigures:
-    """Figures of pictures (n) beside the base's (n) of the same prompts (n) and seeds. kind: the subject's class, by which it is told from another
-    in a picture of two."""
-    ours, theirs, real = (judge.read(stacked(part)) for part in (custom, base, photos))
+    """Figures of pictures (n) beside the base's (n) of the same prompts (n), `each` pictures of a prompt in a row, and seeds. classes: pictures
+    of the plain class word by either, of the same seeds. kind: the subject's class, by which it is told from another in a picture of two."""
+    ours, theirs, real, *of_class = (judge.read(stacked(part)) for part in (custom, base, photos, *classes))
     truth = photo_embedding(real, kind)
-    like = [[likeness(r, truth, kind) or None for r in part] for part in (ours, theirs)]  # 0: no subject
+
+    def alike(part: Sequence[Reading]) -> list[float | None]:
+        return [likeness(r, truth, kind) or None for r in part]  # 0: no subject
+
     common = {name: _common([shown(r, kind)[name] for r in real]) for name in (*ATTRIBUTES, *TEXT)}
     asked = [asked_in(p) for p in prompts]
     visible = [
@@ -65,7 +76,15 @@ def judged_figures(
             if common[name]:
                 with suppress(ValueError):  # no prompt is of that kind, or no picture of those could be read
                     found[name] = measure(*shows, [a.get(name) for a in asked], common[name])
-    return JudgedFigures(*_both(like), *_both(right), *_both(follows), leaks, pulls)
+    return JudgedFigures(
+        *_both([alike(part) for part in (ours, theirs)]),
+        *_both(right),
+        *_both(follows),
+        leaks,
+        pulls,
+        *_both([_varieties(part, each, kind) for part in (ours, theirs)]),
+        *_both([alike(part) for part in of_class]),
+    )
 
 
 def _both(shares: Sequence[Sequence[float | None]]) -> tuple[Estimate | None, Estimate | None]:
@@ -79,6 +98,14 @@ def _both(shares: Sequence[Sequence[float | None]]) -> tuple[Estimate | None, Es
 def _share(told: dict[str, str | None], wanted: dict[str, str | None]) -> float | None:
     hits = [told[name] == value for name, value in wanted.items() if value is not None]
     return sum(hits) / len(hits) if hits else None
+
+
+def _varieties(readings: Sequence[Reading], each: int, kind: str | None) -> list[float | None]:
+    """For every prompt how far apart its pictures' subjects are; None where fewer than two are found."""
+    found = [
+        [s.embedding for r in readings[i : i + each] if (s := meant(r, kind))] for i in range(0, len(readings), each)
+    ]
+    return [float(spread(torch.stack(part)[None])) if len(part) > 1 else None for part in found]
 
 
 def _common(values: Sequence[str | None]) -> str | None:

@@ -85,7 +85,7 @@ def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
         masked=job.settings.get("masked", True),
     )
     asked, truth = requests(chosen, job.split), photo_embedding(judge.read(stacked(lesson.pictures)))
-    points, learning, last = [], 0.0, time.monotonic()
+    points, settings, learning, last = [], None, 0.0, time.monotonic()
     for state in states(job, pipe, lesson, chosen):
         learning += time.monotonic() - last
         for strength in job.strengths if state.step in job.points or state.steps == 0 else ():
@@ -101,7 +101,7 @@ def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
                     **measure(pipe, judge, adapter, job, lesson, asked, truth, state.step),
                 }
             )
-        last = time.monotonic()
+        settings, last = _concept_settings(state.adapter), time.monotonic()
     return {
         "job": asdict(job),
         "subject": asdict(chosen.subject),
@@ -111,7 +111,7 @@ def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
         "seconds": round(time.monotonic() - start, 1),
         "threads": threads,
         "peak_bytes": peak_memory() if own_peak else None,
-        "concept_settings": _concept_settings(state.adapter),
+        "concept_settings": settings,
         "versions": {
             "infusion": infusion.__version__,
             "commit": _commit(),
