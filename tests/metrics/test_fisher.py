@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
 
 import infusion
 from infusion.generation import denoiser
-from infusion.metrics.fisher import hash_seed, latent_fisher_divergence, to_eps
+from infusion.metrics.fisher import divergence, hash_seed, latent_fisher_divergence, predicted_noise, to_eps
 from tests.conftest import random_concept
 
 ALPHAS = torch.linspace(0.99, 0.01, 100)
@@ -84,6 +85,39 @@ def test_all_methods_see_the_same_noise_whatever_the_batch():
     assert torch.equal(torch.cat(seen), whole)
 
 
+def test_latents_stream_by():
+    """2,000 pictures, of which no more than a batch or two and their predictions are ever held; figures as of all at once."""
+    held, most = weakref.WeakSet(), 0
+
+    def kept(tensor):
+        nonlocal most
+        held.add(tensor)
+        most = max(most, sum(len(t) for t in held))
+        return tensor
+
+    def streaming():
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(200):
+            yield kept(torch.randn(10, 2, 3, 3, generator=generator))
+
+    def model(c):
+        return lambda noisy, t, prompt: kept(noisy + c * noisy.abs())
+
+    grid = (10, 90)
+    streamed = latent_fisher_divergence(model(0), model(0.3), {"a cat": streaming()}, ALPHAS, timesteps=grid, batch=8)
+    assert streamed.eps.n == 2000
+    assert most <= 60
+    whole = {"a cat": torch.cat(list(streaming()))}
+    at_once = latent_fisher_divergence(model(0), model(0.3), whole, ALPHAS, timesteps=grid, batch=2000)
+    apart = divergence(
+        predicted_noise(model(0), whole, ALPHAS, timesteps=grid), predicted_noise(model(0.3), whole, ALPHAS, timesteps=grid),
+        ALPHAS, grid,
+    )  # fmt: skip
+    for other in (at_once, apart):
+        assert other.score.value == pytest.approx(streamed.score.value, rel=1e-6)
+        assert other.eps.low == pytest.approx(streamed.eps.low, rel=1e-6)
+
+
 def test_a_concept_has_none_where_it_is_not_named_and_some_where_it_is(pipe):
     stock = denoiser(copy.deepcopy(pipe))
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -103,6 +137,8 @@ def test_a_concept_has_none_where_it_is_not_named_and_some_where_it_is(pipe):
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="no latents"):
         latent_fisher_divergence(zero, zero, {}, ALPHAS)
+    with pytest.raises(ValueError, match="no latents"):
+        latent_fisher_divergence(zero, zero, {"a cat": iter(())}, ALPHAS, timesteps=(1,))
     with pytest.raises(ValueError, match="0 to 99"):
         latent_fisher_divergence(zero, zero, LATENTS, ALPHAS, timesteps=(100,))
     with pytest.raises(ValueError, match="'sample'"):

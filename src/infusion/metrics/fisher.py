@@ -8,7 +8,7 @@ the eps form weighs all t alike. Both are means per latent dimension. A model co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,7 @@ from infusion.metrics.estimate import Estimate, bootstrap
 PredictionType = Literal["epsilon", "v_prediction"]
 # A denoiser takes noisy latents (b, c, h, w), timesteps (b,) and the prompt of all rows.
 Denoiser = Callable[[Tensor, Tensor, str], Tensor]
+Latents = Tensor | Iterable[Tensor]
 
 TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
 
@@ -34,34 +35,43 @@ class FisherDivergence:
     eps_by_prompt: dict[str, Estimate]
 
 
+@torch.no_grad()
 def latent_fisher_divergence(
     base: Denoiser,
     custom: Denoiser,
-    latents: Mapping[str, Tensor],
+    latents: Mapping[str, Latents],
     alphas_cumprod: Tensor,
     prediction_types: tuple[PredictionType, PredictionType] = ("epsilon", "epsilon"),
     timesteps: Sequence[int] = TIMESTEPS,
     seed: int = 0,
     batch: int = 16,
 ) -> FisherDivergence:
-    """Divergence between two denoisers on the same noisy latents.
+    """Divergence between two denoisers on the same noisy latents; what is kept of a picture is one number a timestep.
 
-    latents: prompt -> clean latents (n, c, h, w) drawn by the base model for it. alphas_cumprod (T,): the noise
-    schedule, the same for both. prediction_types: of the base and of the customized model. Noise comes from `seed` and
-    the prompt's place, the same for every method that is measured.
+    latents: prompt -> clean latents (n, c, h, w) drawn by the base model for it, or an iterable of such, as they stream by. alphas_cumprod (T,):
+    the noise schedule, the same for both. prediction_types: of the base and of the customized model. Noise comes from `seed` and
+    the prompt's place, the same for every method that is measured and whatever the batch.
     Raises ValueError for no prompts, no latents, timesteps outside the schedule or unknown prediction types.
     """
-    by_base, by_custom = (
-        predicted_noise(model, latents, alphas_cumprod, kind, timesteps, seed, batch)
-        for model, kind in zip((base, custom), prediction_types, strict=True)
-    )
-    return divergence(by_base, by_custom, alphas_cumprod, timesteps)
+    _check(latents, alphas_cumprod, timesteps, *prediction_types)
+    moved: dict[str, list[Tensor]] = {}
+    for prompt, noised in _noised(latents, alphas_cumprod, timesteps, seed, batch):
+        by_both = (
+            [
+                _predicted(model, kind, *one, prompt)
+                for model, kind in zip((base, custom), prediction_types, strict=True)
+            ]
+            for one in noised
+        )
+        per_t = [_moved(*both) for both in by_both]
+        moved.setdefault(prompt, []).append(torch.stack(per_t, 1))
+    return _divergence({prompt: torch.cat(parts) for prompt, parts in moved.items()}, alphas_cumprod, timesteps)
 
 
 @torch.no_grad()
 def predicted_noise(
     model: Denoiser,
-    latents: Mapping[str, Tensor],
+    latents: Mapping[str, Latents],
     alphas_cumprod: Tensor,
     prediction_type: PredictionType = "epsilon",
     timesteps: Sequence[int] = TIMESTEPS,
@@ -69,21 +79,12 @@ def predicted_noise(
     batch: int = 16,
 ) -> dict[str, Tensor]:
     """What a denoiser predicts, as noise: prompt -> (t, n, c, h, w) on the CPU. Arguments as of `latent_fisher_divergence`."""
-    _check(latents, alphas_cumprod, prediction_type, timesteps)
-    found = {}
-    for place, (prompt, clean) in enumerate(latents.items()):
-        per_t = []
-        for t in timesteps:
-            generator = torch.Generator().manual_seed(hash_seed(seed, place, t))
-            wide = clean.to(torch.promote_types(clean.dtype, torch.float32))  # half types round small noise levels away
-            noise = torch.randn(clean.shape, generator=generator).to(wide)
-            a = alphas_cumprod[t].to(wide)
-            parts = (a.sqrt() * wide + (1 - a).sqrt() * noise).to(clean.dtype).split(batch)
-            rows = (torch.full((len(part),), t, device=part.device) for part in parts)
-            eps = [to_eps(model(x, r, prompt), x, a, prediction_type) for x, r in zip(parts, rows, strict=True)]
-            per_t.append(torch.cat(eps).cpu())
-        found[prompt] = torch.stack(per_t)
-    return found
+    _check(latents, alphas_cumprod, timesteps, prediction_type)
+    found: dict[str, list[Tensor]] = {}
+    for prompt, noised in _noised(latents, alphas_cumprod, timesteps, seed, batch):
+        eps = [_predicted(model, prediction_type, *one, prompt).cpu() for one in noised]
+        found.setdefault(prompt, []).append(torch.stack(eps))
+    return {prompt: torch.cat(parts, 1) for prompt, parts in found.items()}
 
 
 def divergence(
@@ -93,11 +94,54 @@ def divergence(
     timesteps: Sequence[int] = TIMESTEPS,
 ) -> FisherDivergence:
     """The divergence of two models' `predicted_noise`, for those that cannot be had at the same time."""
+    moved = {
+        prompt: torch.stack([_moved(*both) for both in zip(by_base, custom[prompt], strict=True)], 1)
+        for prompt, by_base in base.items()
+    }
+    return _divergence(moved, alphas_cumprod, timesteps)
+
+
+def _noised(
+    latents: Mapping[str, Latents], alphas_cumprod: Tensor, timesteps: Sequence[int], seed: int, batch: int
+) -> Iterator[tuple[str, Iterator[tuple[Tensor, int, Tensor]]]]:
+    """Batch by batch: the prompt, and for each timestep the noisy latents, the timestep and its alpha. Every timestep has noise of its own,
+    drawn picture by picture."""
+    for place, (prompt, given) in enumerate(latents.items()):
+        generators = [torch.Generator().manual_seed(hash_seed(seed, place, t)) for t in timesteps]
+        for some in [given] if isinstance(given, Tensor) else given:
+            for clean in some.split(batch):
+                yield prompt, _noisy(clean, alphas_cumprod, timesteps, generators)
+
+
+def _noisy(
+    clean: Tensor, alphas_cumprod: Tensor, timesteps: Sequence[int], generators: Sequence[torch.Generator]
+) -> Iterator[tuple[Tensor, int, Tensor]]:
+    wide = clean.to(torch.promote_types(clean.dtype, torch.float32))  # half types round small noise levels away
+    for t, generator in zip(timesteps, generators, strict=True):
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for _ in clean]).to(wide)
+        a = alphas_cumprod[t].to(wide)
+        yield (a.sqrt() * wide + (1 - a).sqrt() * noise).to(clean.dtype), t, a
+
+
+def _predicted(
+    model: Denoiser, prediction_type: PredictionType, noisy: Tensor, t: int, alpha: Tensor, prompt: str
+) -> Tensor:
+    rows = torch.full((len(noisy),), t, device=noisy.device)
+    return to_eps(model(noisy, rows, prompt), noisy, alpha, prediction_type)
+
+
+def _moved(base: Tensor, custom: Tensor) -> Tensor:
+    """How far each picture's predicted noise moved: (n, c, h, w) twice -> (n,) float64 on the CPU."""
+    return (base.cpu().double() - custom.cpu().double()).square().flatten(1).mean(1)
+
+
+def _divergence(moved: Mapping[str, Tensor], alphas_cumprod: Tensor, timesteps: Sequence[int]) -> FisherDivergence:
+    """From prompt -> how far each picture moved at each timestep (n, t)."""
+    if not moved or not all(len(x) for x in moved.values()):
+        raise ValueError("There are no latents to compare on; give at least one prompt with at least one sample.")
     weight = 1 / (1 - alphas_cumprod[list(timesteps)].cpu().double())
-    score, eps = {}, {}
-    for prompt, by_base in base.items():
-        moved = (by_base.double() - custom[prompt].double()).square().flatten(2).mean(2).T  # (n, t)
-        score[prompt], eps[prompt] = (moved * weight).mean(1), moved.mean(1)
+    score = {prompt: (x * weight).mean(1) for prompt, x in moved.items()}
+    eps = {prompt: x.mean(1) for prompt, x in moved.items()}
     return FisherDivergence(
         score=bootstrap(torch.cat(list(score.values()))),
         eps=bootstrap(torch.cat(list(eps.values()))),
@@ -117,10 +161,10 @@ def hash_seed(seed: int, place: int, timestep: int) -> int:
     return ((seed * 1_000_003 + place) * 10_007 + timestep) % 2**63
 
 
-def _check(latents: Mapping[str, Tensor], alphas: Tensor, kind: str, timesteps: Sequence[int]) -> None:
-    if not latents or any(len(x) == 0 for x in latents.values()):
+def _check(latents: Mapping[str, Latents], alphas: Tensor, timesteps: Sequence[int], *kinds: str) -> None:
+    if not latents or any(isinstance(x, Tensor) and len(x) == 0 for x in latents.values()):
         raise ValueError("There are no latents to compare on; give at least one prompt with at least one sample.")
     if not timesteps or not all(0 <= t < len(alphas) for t in timesteps):
         raise ValueError(f"timesteps are {tuple(timesteps)}; each must lie in the schedule's 0 to {len(alphas) - 1}.")
-    if kind not in ("epsilon", "v_prediction"):
-        raise ValueError(f"A prediction type is {kind!r}; use 'epsilon' or 'v_prediction'.")
+    if bad := [kind for kind in kinds if kind not in ("epsilon", "v_prediction")]:
+        raise ValueError(f"A prediction type is {bad[0]!r}; use 'epsilon' or 'v_prediction'.")
