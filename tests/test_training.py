@@ -21,8 +21,9 @@ from infusion.fit import base_info
 from infusion.lesson import TEMPLATES, attention_masks, prepare_lesson
 from infusion.methods.infusion import ConceptAdapter
 from infusion.methods.interface import rebuilt
+from infusion.naive import naive_prediction
 from infusion.photos import Photo, load_photos
-from infusion.streams import cross_attention_layers
+from infusion.streams import cross_attention_layers, value_lengths
 from infusion.training import LearnConfig, learning, learning_together, masked_loss
 from tests.conftest import latents, random_concept, tiny_unet
 
@@ -42,6 +43,29 @@ def test_learning_lowers_the_loss(pipe, photos, two_streams):
     before = validation_loss(pipe, lesson)
     after = validation_loss(pipe, lesson, concept.residuals, two_streams)
     assert sum(after.values()) < 0.98 * sum(before.values())
+
+
+@pytest.mark.parametrize(("two_streams", "limit"), [(True, 1000), (True, 400), (False, 1000)])
+def test_learning_equals_a_plain_loop_over_the_naive_method(pipe, photos, two_streams, limit):
+    config = LearnConfig(
+        steps=3, batch=2, learning_rate=0.05, max_timestep=limit, two_streams=two_streams, scheme="fp32"
+    )
+    lesson = prepare_lesson(pipe, load_photos(photos), "dog", "milo")
+    learned = infusion.learn(pipe, lesson, "dog", "milo", config).residuals
+    unet = copy.deepcopy(pipe.unet).requires_grad_(False)
+    residuals = {path: torch.zeros(length, requires_grad=True) for path, length in value_lengths(unet).items()}
+    optimizer = torch.optim.AdamW(residuals.values(), 0.05)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        draw = lesson.draw(2, generator, limit)
+        states = draw.kwargs["encoder_hidden_states"]
+        eps = naive_prediction(unet, draw.noisy, draw.timesteps, states, draw.plan, {"milo": residuals}, two_streams)
+        optimizer.zero_grad()
+        (draw.mask * (eps - draw.target)).square().mean().backward()
+        optimizer.step()
+    for path, residual in residuals.items():
+        assert residual.abs().max() > 0.05
+        assert torch.allclose(learned[path], residual, atol=1e-4), path
 
 
 def test_the_same_seed_gives_the_same_bytes(pipe, photos, tmp_path):

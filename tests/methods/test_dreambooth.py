@@ -33,15 +33,23 @@ def test_dreambooth_with_a_prior_and_an_identifier(pipe, lesson, limit):
     prior = prior_lesson(pipe, lesson, count=4, steps=1)
     assert len(prior.latents) == 4
     assert float(prior.masks.min()) == 1
-    config = DreamBoothConfig(1, 2, 1e-3, identifier="sks", prior_weight=0.5)
-    state = next(dreambooth(pipe, lesson, config, prior, limit))
+    *_, state = dreambooth(pipe, lesson, DreamBoothConfig(3, 2, 1e-3, identifier="sks", prior_weight=0.5), prior, limit)
     assert state.adapter.subject == "a sks dog"
-    drawn = lesson.draw(2, torch.Generator().manual_seed(0), limit)
-    captions = [lesson.templates[i].format("sks dog") for i in drawn.captions.tolist()]
-    states = pipe.encode_prompt(captions, "cpu", 1, False)[0]
-    of_prior = mse(pipe.unet, prior.draw(2, torch.Generator().manual_seed(1), limit))
-    expected = mse(pipe.unet, drawn, states) + 0.5 * of_prior
-    assert state.loss == pytest.approx(float(expected.detach()), rel=1e-4)
+    unet = copy.deepcopy(pipe.unet)
+    optimizer = torch.optim.AdamW(unet.parameters(), 1e-3, weight_decay=1e-2)
+    generator, of_prior = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+    for _ in range(3):
+        drawn = lesson.draw(2, generator, limit)
+        captions = [lesson.templates[i].format("sks dog") for i in drawn.captions.tolist()]
+        states = pipe.encode_prompt(captions, "cpu", 1, False)[0]
+        loss = mse(unet, drawn, states) + 0.5 * mse(unet, prior.draw(2, of_prior, limit))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+    assert state.loss == pytest.approx(float(loss.detach()), rel=1e-4)
+    learned = state.adapter.unet.parameters()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(unet.parameters(), learned, strict=True))
 
 
 def test_a_look_at_a_tuned_copy_leaves_it_training(pipe, lesson):
