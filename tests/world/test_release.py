@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 
 import pytest
+import torch
 
 from infusion.world.base_training import PretrainConfig
-from infusion.world.release import model_card, training_of
+from infusion.world.release import EXAMINATION, between, model_card, training_of
 
 
 @pytest.mark.parametrize(("kept", "share", "seen", "minutes"), [(None, 1.0, 96_000, 50), (2000, 0.5, 64_000, 33)])
@@ -32,8 +34,26 @@ def test_the_card_tells_of_the_step_that_was_kept_and_of_earlier_trainings(tmp_p
     assert f"text encoder and UNet {minutes + 7} min" in card
     assert "1. 1,000 pictures in 7 min (an abacus); learning rate 0.5" in card
     assert f"2. {seen:,} pictures" in card
+    assert "by the judge" not in card  # not examined
+    examined = {"sha256": "abc", "followed": {"kind": {"value": 0.945, "low": 0.927, "high": 0.959, "n": 1800}}}
+    (tmp_path / EXAMINATION).write_text(json.dumps(examined))
+    assert "| class | 94.5% [92.7%, 95.9%] | 1,800 |" in model_card([training], log, index, tmp_path)
+    assert "| class |" not in model_card([training], log, {**index, "sha256": "of other weights"}, tmp_path)
+    rewarded = {**training, "settings": "from 0 pictures on: reward 0.1", "minutes": 9}
+    start = {**log[0], "reward_weight": 0.1}
+    commands = model_card([earlier, rewarded], [start, *log[1:]], index, tmp_path)
+    assert "--minutes 7`, and after its release, in a new folder, the rewarded trainings" in commands
+    assert "`--from-weights --minutes 9 --reward-weight 0.1" in commands
     assert ("50% of the way from the weights before" in card) == (share < 1)
     assert "loss-2.png" in card
     assert "loss-1.png" not in card
     assert "8 bytes" in card
     assert "85% on their own" in card
+
+
+def test_weights_between_two_trainings():
+    before = {"unet": {"a": torch.tensor([0.0, 2.0]), "count": torch.tensor(1)}}
+    after = {"unet": {"a": torch.tensor([1.0, 0.0]), "count": torch.tensor(5)}}
+    found = between(before, after, 0.25)
+    assert found["unet"]["a"].tolist() == [0.25, 1.5]
+    assert int(found["unet"]["count"]) == 5

@@ -30,7 +30,7 @@ from infusion.world.dataset import training_scene
 from infusion.world.judge import Judge, Reading, load_judge
 from infusion.world.models import build_pipeline, pixels_to_tensor
 from infusion.world.questions import answers, both, shown
-from infusion.world.release import PARTS, WEIGHTS, read_index, read_weights
+from infusion.world.release import EXAMINATION, PARTS, WEIGHTS, read_index, read_weights
 from infusion.world.requests import Request, unseen_requests, unseen_scenes
 from infusion.world.scenes import SIDE, Scene, render
 from infusion.world.truth import SHARES, SUBJECT_HEADS
@@ -226,7 +226,7 @@ def main() -> None:
         with TemporaryDirectory() as folder:
             sets = [training_pixels(Path(folder) / str(seed), args.scenes, seed) for seed in args.copies_of]
             record["copying"] = copying(pipe, sets) | {"seeds": args.copies_of}
-    (args.out or args.weights / "examination.json").write_text(json.dumps(record, indent=1) + "\n")
+    (args.out or args.weights / EXAMINATION).write_text(json.dumps(record, indent=1) + "\n")
     for name, e in record["followed"].items():
         print(f"{name:12} {Estimate(**e)}, a base without fault {Estimate(**record['ceiling'][name])}")
     print(json.dumps({k: v for k, v in record.items() if k not in ("followed", "ceiling")}, indent=1))

@@ -27,6 +27,14 @@ WEIGHTS = Path(__file__).parent / "weights"
 SHARD_BYTES = 14_000_000
 PARTS = ("vae", "text_encoder", "unet")
 TRAININGS = "trainings.json"
+EXAMINATION = "examination.json"
+NAMES = {
+    "kind": "class",
+    "color1": "first colour",
+    "color2": "second colour",
+    "both": "two subjects, both there",
+    "own colors": "two subjects, each in its colour",
+}
 
 
 def write_weights(networks: dict[str, nn.Module], folder: Path) -> dict[str, Any]:
@@ -137,6 +145,7 @@ def model_card(trainings: list[dict[str, Any]], log: list[dict[str, Any]], index
         f"{i}. {t['pictures']:,} pictures in {t['minutes']} min ({t['hardware']}); {t['settings']}{_way(t)}."
         for i, t in enumerate(trainings, 1)
     )
+    rewarded = sum(t["minutes"] for t in trainings if "reward" in t["settings"])
     curves = "\n\n".join(
         f"![loss curve of training {i}](loss-{i}.png)"
         for i in range(1, len(trainings) + 1)
@@ -170,25 +179,48 @@ Its trainings, each begun from the weights of the one before, in batches of {sta
 
 Means of what was minimized: where a setting changed (above), values before and after do not compare.
 
-What it draws of 64 unseen combinations is in `docs/world.md`, with what was seen in them by eye.
+{_examined(index, folder)}![64 pictures of unseen combinations](../../../../docs/base.png)
+
+What was seen in these 64 pictures of unseen combinations by eye is in `docs/world.md`.
 
 **Its attention maps come from supervision.** Real Stable Diffusion gets usable maps from scale. This base is too small
 for that: its training holds the class word's map to the subject's true mask (as TokenCompose, arXiv 2312.03626).
 
-Train one like it: `python -m infusion.world.pretrain --folder runs/base --autoencoder-minutes {sum(c["minutes"] for c in coders):.0f} --minutes {minutes:.0f}`{_rewarded(start)}, then
+Train one like it: `python -m infusion.world.pretrain --folder runs/base --autoencoder-minutes {sum(c["minutes"] for c in coders):.0f} --minutes {minutes - rewarded:.0f}`{_rewarded(start, rewarded)}, then
 `python -m infusion.world.release --folder runs/base`. It uses a GPU where there is one. Go on from these weights
-alone: add `--from-weights` and a new folder.
+alone: add `--from-weights` and a new folder. `python -m infusion.world.release --before runs/before --share 0.6` releases weights between two trainings'.
 """
 
 
-def _rewarded(start: dict[str, Any]) -> str:
-    """How the last training was told to reward; nothing where it was not."""
+def _examined(index: dict[str, Any], folder: Path) -> str:
+    """What the judge said of these weights (`examination.py`), with intervals; nothing where they were not examined."""
+    path = folder / EXAMINATION
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("sha256") != index["sha256"]:
+        return ""
+    rows = [
+        f"| {NAMES.get(name, name)} | {e['value']:.1%} [{e['low']:.1%}, {e['high']:.1%}] | {e['n']:,} |"
+        for name, e in found["followed"].items()
+    ]
+    table = "\n".join(rows)
+    return f"""What was asked for and is there, by the judge, of pictures of combinations that training never saw (Wilson's intervals; what the judge
+cannot tell is wrong; the bars, and a base without fault, are in `docs/world.md`):
+
+| asked for | right | n |
+|---|---|---|
+{table}
+
+"""
+
+
+def _rewarded(start: dict[str, Any], minutes: float) -> str:
+    """How the last trainings, of so many minutes, were told to reward; nothing where they were not."""
     if not start.get("reward_weight"):
         return ""
     given = ("reward_weight", "learning_rate", "segmentation_weight", "attribute_weight", "decay")
     options = " ".join(f"--{name.replace('_', '-')} {start[name]:g}" for name in given)
     return (
-        f", and after its release, in a new folder, the last trainings with `--from-weights {options} "
+        f", and after its release, in a new folder, the rewarded trainings with `--from-weights --minutes {minutes:.0f} {options} "
         f"--reader-minutes {start['reader']['minutes']:g}`"
     )
 
@@ -238,13 +270,38 @@ def _parts(starts: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
     return "; ".join(parts)
 
 
+def between(
+    before: dict[str, dict[str, Tensor]], after: dict[str, dict[str, Tensor]], share: float
+) -> dict[str, dict[str, Tensor]]:
+    """Weights, by part, on the straight line from those before a training, at 0, to those after it, at 1 (`picking.py`)."""
+    return {
+        part: {
+            name: torch.lerp(before[part][name].to(end), end, share) if end.is_floating_point() else end
+            for name, end in state.items()
+        }
+        for part, state in after.items()
+    }
+
+
+def _final(folder: Path) -> dict[str, dict[str, Tensor]]:
+    return torch.load(folder / "final.pt", weights_only=True, map_location="cpu")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="folder of `infusion.world.pretrain`")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument(
+        "--before", type=Path, help="folder of an earlier training: release weights between its and these"
+    )
+    parser.add_argument(
+        "--share", type=float, default=0.6, help="with --before: how far of the way from its weights to these"
+    )
     args = parser.parse_args()
-    final = torch.load(args.folder / "final.pt", weights_only=True, map_location="cpu")
+    final = _final(args.folder)
+    if args.before:
+        final = between(_final(args.before), final, args.share)
     networks = {"vae": build_autoencoder(), "text_encoder": build_text_encoder(build_tokenizer()), "unet": build_unet()}
     for part, state in final.items():
         networks[part].load_state_dict(state)

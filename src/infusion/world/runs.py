@@ -12,7 +12,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -156,11 +156,20 @@ def hardware(accelerator: Accelerator) -> str:
     """What a training runs on, for logs and model cards."""
     device = str(accelerator.device)
     if accelerator.device.type == "cpu":
-        device = f"{torch.get_num_threads()} CPU thread(s)"
+        device = f"{torch.get_num_threads()} thread(s) of {_processor()}"
     if accelerator.device.type == "cuda":
         device = torch.cuda.get_device_name()
     precision = "bf16 autocast" if accelerator.mixed_precision == "bf16" else "fp32"
     return f"{platform.machine()}, {device}, {precision}, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    """The processor's name, as far as the system tells."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "CPU"
 
 
 def generator_of(rng: np.random.Generator) -> torch.Generator:
