@@ -1,12 +1,13 @@
 """Pictures of the world and of the base: python benchmarks/gallery.py
 
 Writes into docs/: world.png (scenes as the world draws them), base.png (64 pictures of combinations that training never saw,
-by the embedded base) and maps.png (the class word's attention maps beside the true masks).
+by the embedded base), maps.png (the class word's attention maps beside the true masks) and autoencoder.png (fine lines through the autoencoder).
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ import infusion
 from infusion.generation import generate
 from infusion.lesson import encode_pictures
 from infusion.sheets import contact_sheet
+from infusion.world.autoencoder import autoencoded
 from infusion.world.captions import caption
 from infusion.world.dataset import encode_caption
 from infusion.world.grounding import mean_heat, recorded_maps
-from infusion.world.scenes import held_out, never_seen, random_scene, render
+from infusion.world.models import pixels_to_tensor
+from infusion.world.scenes import Scene, held_out, never_seen, random_scene, render
 from infusion.world.truth import COLORED
 from infusion.world.vocabulary import BACKGROUND_PHRASES, BACKGROUNDS, CLASSES, COLORS, STYLE_PREFIXES, STYLES
 
@@ -87,6 +90,23 @@ def maps_sheet(pipe, path: Path, count: int = 12) -> None:
     contact_sheet(rows, ("scene", "true mask", "word's map"), cell=96).save(path)
 
 
+def coded_sheet(pipe, path: Path, count: int = 12) -> None:
+    """Scenes with thin lines and small marks, sketches and patterns among them, and below each what the autoencoder makes of it."""
+    rng = np.random.default_rng(3_000)
+    fine = (s for _ in range(400) if fine_drawn(s := random_scene(rng)))
+    drawn = torch.stack([torch.from_numpy(render(scene).pixels) for scene in islice(fine, count)])
+    coded = ((autoencoded(pipe.vae, pixels_to_tensor(drawn)) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+    rows = [[Image.fromarray(pixels.numpy()) for pixels in part] for part in (drawn, coded)]
+    contact_sheet(rows, ("drawn", "there and back"), cell=128).save(path)
+
+
+def fine_drawn(scene: Scene) -> bool:
+    """Whether it is a sketch, or shows a subject with a pattern in colours."""
+    return scene.style == "sketch" or (
+        scene.style in COLORED and any(p.subject.pattern != "plain" for p in scene.subjects)
+    )
+
+
 def _grey(map_: torch.Tensor) -> Image.Image:
     return Image.fromarray((map_.clamp(0, 1) * 255).byte().numpy()).resize((64, 64), Image.Resampling.NEAREST)
 
@@ -98,6 +118,7 @@ def main(docs: Path = Path("docs")) -> None:
     pipe = infusion.load_base(device="cpu")
     base_sheet(pipe, docs / "base.png")
     maps_sheet(pipe, docs / "maps.png")
+    coded_sheet(pipe, docs / "autoencoder.png")
 
 
 if __name__ == "__main__":

@@ -407,7 +407,10 @@ def test_training_learns_and_resumes(data, tmp_path):
     assert set(thresholds) == {*SUBJECT_HEADS, *SCENE_HEADS, "same", "embedding"}
     figures = examine(JudgeNetwork(), data, 5.0)
     counts = {"same_auc", "cosine_auc", "proportions_auc", "stranger_auc", "pictures", "twins"}
-    assert set(figures) == {*SUBJECT_HEADS, *SCENE_HEADS, "found", "real", "position", *counts}
+    shares = {*SUBJECT_HEADS, *SCENE_HEADS, "found", "real", "position"}
+    assert set(figures) == {*shares, *(f"{name}_{of}" for name in shares for of in ("low", "high", "n")), *counts}
+    assert figures["style_n"] == len(data)
+    assert figures["style_low"] <= figures["style"] <= figures["style_high"]
     assert figures["pictures"] == len(data)
     sure = Judge(JudgeNetwork(), dict.fromkeys(thresholds, 0.0) | {"kind": 1.01})
     told = examine_told(sure, data, build_autoencoder().eval())

@@ -110,11 +110,15 @@ def load_encoded(folder: Path) -> tuple[AutoencoderKL, torch.Tensor]:
 
 
 @torch.no_grad()
+def autoencoded(model: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
+    """Pictures (n, 3, h, w) in [-1, 1] there and back, by the posterior's mean."""
+    return model.decode(model.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+
+
 def psnr(model: AutoencoderKL, pixels: np.ndarray) -> float:
     """Mean peak signal-to-noise ratio in dB over pictures (n, h, w, 3) uint8, from the posterior's mean."""
     x = _tensor(pixels, model)
-    decoded = model.decode(model.encode(x).latent_dist.mean).sample.clamp(-1, 1)
-    mse = ((decoded - x) / 2).square().mean(dim=(1, 2, 3))
+    mse = ((autoencoded(model, x) - x) / 2).square().mean(dim=(1, 2, 3))
     return float((-10 * mse.log10()).mean())
 
 

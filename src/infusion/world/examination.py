@@ -26,6 +26,7 @@ from torch import Tensor
 
 from infusion.metrics.estimate import Estimate, bootstrap, rate
 from infusion.world.arrays import draw_arrays, load_arrays
+from infusion.world.autoencoder import autoencoded
 from infusion.world.dataset import training_scene
 from infusion.world.judge import Judge, Reading, load_judge
 from infusion.world.models import build_pipeline, pixels_to_tensor
@@ -150,11 +151,10 @@ def ceiling(
     return {name: asdict(e) for name, e in figures.items()}
 
 
-@torch.no_grad()
 def _coded(pipe: StableDiffusionPipeline, scenes: Sequence[Scene], batch: int = 64) -> Tensor:
     """Scenes drawn and taken through the autoencoder, (n, h, w, 3) uint8."""
     drawn = pixels_to_tensor(torch.stack([torch.from_numpy(render(s).pixels) for s in scenes]))
-    parts = [pipe.vae.decode(pipe.vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in drawn.split(batch)]
+    parts = [autoencoded(pipe.vae, part) for part in drawn.split(batch)]
     return ((torch.cat(parts) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
 
 

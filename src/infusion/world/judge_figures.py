@@ -18,6 +18,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from infusion.metrics.estimate import rate
+from infusion.world.autoencoder import autoencoded
 from infusion.world.judge import GRID, SHIPPED, Judge, JudgeNetwork, Maps, beliefs, evidence, load_judge, look, peaks
 from infusion.world.judge_lessons import Labels, cells, corrupt, labels_of, shows_change
 from infusion.world.models import pixels_to_tensor
@@ -114,7 +116,8 @@ def examine(
 ) -> dict[str, float]:
     """Figures on `data`, of fresh seed: accuracy of every head over what is visible, read at the true centre; found and
     phantom subjects; position; and the AUC of telling the same individual from its twin of another visible attribute, from one of other
-    proportions, and from others of its class, the cosine counted `weight`. With an autoencoder, on autoencoded pictures."""
+    proportions, and from others of its class, the cosine counted `weight`. With an autoencoder, on autoencoded pictures. A share has Wilson's
+    interval and what it was counted over beside it: "kind", "kind_low", "kind_high", "kind_n"."""
     network.eval()
     hits: dict[str, list[Tensor]] = {name: [] for name in (*SUBJECT_HEADS, *SCENE_HEADS, "found", "real", "position")}
     firsts = []
@@ -123,11 +126,14 @@ def examine(
         labels = labels_of(data, rows)
         pictures = pixels_to_tensor(torch.from_numpy(data.pixels[rows]))
         if autoencoder is not None:
-            pictures = autoencoder.decode(autoencoder.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)
+            pictures = autoencoded(autoencoder, pictures)
         maps = look(network, pictures)
         _count(maps, labels, hits)
         firsts.append(first_subjects(maps, labels))
-    figures = {name: float(torch.cat(h).float().mean()) for name, h in hits.items()}
+    figures: dict[str, float] = {}
+    for name, h in hits.items():
+        found = rate(torch.cat(h))
+        figures |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high, f"{name}_n": found.n}
     everyone, labels = _joined(firsts), labels_of(data, np.arange(len(data)))
     same = resemblance(everyone, same_pairs(labels), weight)
     others = {
@@ -138,7 +144,7 @@ def examine(
     figures |= {name: auc(same, resemblance(everyone, pairs, weight)) for name, pairs in others.items()}
     figures["cosine_auc"] = auc(*(_cosines(everyone, pairs) for pairs in (same_pairs(labels), others["same_auc"])))
     counts = {"pictures": len(data), "twins": len(others["same_auc"])}
-    return {name: round(value, 4) for name, value in figures.items()} | counts
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()} | counts
 
 
 @torch.no_grad()
@@ -151,9 +157,7 @@ def examine_told(judge: Judge, data: Families, autoencoder: AutoencoderKL, batch
         rows = np.arange(i, min(i + batch, len(data)))
         labels = labels_of(data, rows)
         pictures = pixels_to_tensor(torch.from_numpy(data.pixels[rows]))
-        maps = look(
-            judge.network, autoencoder.decode(autoencoder.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)
-        )
+        maps = look(judge.network, autoencoded(autoencoder, pictures))
         b, s, x, y = cells(labels.centre)
         for name, logits, target in (
             *((n, maps.subject[n][b, :, y, x], labels.subject[b, s, k]) for k, n in enumerate(SUBJECT_HEADS)),
@@ -257,10 +261,19 @@ def read_trainings() -> list[dict[str, Any]]:
     return json.loads((SHIPPED.parent / TRAININGS).read_text())
 
 
+def _share(figures: dict[str, float], name: str) -> str:
+    """A figure of `examine`, with its interval and what it was counted over where it has them."""
+    if f"{name}_n" not in figures:
+        return f"{figures[name]:.1%}"
+    return (
+        f"{figures[name]:.1%} [{figures[name + '_low']:.1%}, {figures[name + '_high']:.1%}] of {figures[name + '_n']:,}"
+    )
+
+
 def judge_card(trainings: list[dict[str, Any]], figures: dict[str, dict[str, float]], path: Path) -> str:
     """The judge's model card in Markdown, from the trainings gone through and its figures."""
     rows = [
-        f"| {label} | {figures['clean'][name]:.1%} | {figures['autoencoded'][name]:.1%} | "
+        f"| {label} | {_share(figures['clean'], name)} | {figures['autoencoded'][name]:.1%} | "
         + (f"{figures['told'][name]:.1%} of {figures['told'][name + '_told']:.1%}" if name in figures["told"] else "")
         + " |"
         for name, label in _NAMES.items()
@@ -285,7 +298,7 @@ made world, judge, base and methods.
 | train one like it | `python -m infusion.world.judge_training --folder runs/judge --drawn {sum(t["families"] for t in trainings)} --minutes {minutes:.0f}` |
 
 On {figures["clean"]["pictures"]:.0f} fresh pictures of families it never saw, counting what a picture shows at all (with any other value of the attribute the
-picture would differ by 6 % of full brightness over some 4x4 pixels). "Told" is on autoencoded pictures: right where it says something, and how often it does.
+picture would differ by 6 % of full brightness over some 4x4 pixels), with Wilson's 95 % intervals. "Told" is on autoencoded pictures: right where it says something, and how often it does.
 
 | | as drawn | autoencoded | told: right, of |
 |---|---|---|---|
