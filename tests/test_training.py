@@ -284,9 +284,34 @@ def test_a_loss_that_is_not_finite_stops_with_a_remedy(pipe, photos):
 
 def test_gradients_that_are_never_finite_stop_with_a_remedy(pipe, photos, monkeypatch):
     """fp16 leaves such steps out, so that a concept of zeros would come back as learned."""
-    monkeypatch.setattr("infusion.training.masked_loss", lambda prediction, _: (0 * prediction.float()).sum().sqrt())
+    monkeypatch.setattr(
+        "infusion.training.row_losses", lambda prediction, _: (0 * prediction.float()).flatten(1).sum(1).sqrt()
+    )
     with pytest.raises(InfusionError, match="gradients at step 17 are not finite in fp16"):
         infusion.learn(pipe.to(torch.float16), photos, "dog", "milo", LearnConfig(steps=20, batch=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_samples_taken_in_parts_teach_the_same(pipe, photos, dtype):
+    """Two concepts of five samples a step, ten rows, taken seven or three at a time."""
+    pipe = pipe.to(dtype)
+    lessons = [prepare_lesson(pipe, load_photos(photos[:n]), "dog", name) for n, name in ((1, "milo"), (3, "rex"))]
+    config = LearnConfig(steps=3, batch=5, learning_rate=0.05, scheme="fp32")
+    *_, whole = learning_together(pipe, lessons, config)
+    for at_once in (7, 3):
+        rows = []
+        handle = pipe.unet.register_forward_pre_hook(lambda unet, args: rows.append(len(args[0])))  # noqa: B023
+        *_, parts = learning_together(pipe, lessons, config, at_once)
+        handle.remove()
+        assert max(rows) == at_once
+        for a, b in zip(whole, parts, strict=True):
+            assert b.loss == pytest.approx(a.loss, rel=1e-5 if dtype == torch.float32 else 1e-2)
+            for path, residual in a.concept.residuals.items():
+                assert torch.allclose(
+                    b.concept.residuals[path], residual, atol=1e-5 if dtype == torch.float32 else 2e-2
+                )
+    with pytest.raises(InfusionError, match="at_once is 0; it must be at least 1"):
+        next(learning_together(pipe, lessons, config, 0))
 
 
 def test_layers_can_be_chosen(pipe, photos):

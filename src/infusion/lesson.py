@@ -80,6 +80,19 @@ def joined(draws: Sequence[Draw]) -> Draw:
     )
 
 
+def in_parts(draw: Draw, size: int) -> Iterator[Draw]:
+    """A batch's rows in order, at most `size` at a time."""
+
+    def some(value: Any, rows: slice) -> Any:
+        return {key: some(v, rows) for key, v in value.items()} if isinstance(value, dict) else value[rows]
+
+    fields = ("noisy", "target", "timesteps", "mask", "captions", "kwargs")
+    for start in range(0, len(draw.noisy), size):
+        rows = slice(start, start + size)
+        plan = Plan(draw.plan.rows[rows], draw.plan.states[rows])
+        yield Draw(plan=plan, **{field: some(getattr(draw, field), rows) for field in fields})
+
+
 @dataclass(frozen=True)
 class Lesson:
     """Photos of one subject as a diffusion model's training data.
