@@ -143,7 +143,7 @@ def test_records_of_another_base_do_not_pass_for_done(tmp_path):
     write_record(tmp_path / "b.json", {"base": "abc", "judge": "old"})
     with pytest.raises(InfusionError, match=r"another judge \(old, here judge\)"):
         refuse_others(tmp_path, "abc", "judge", 1)
-    write_record(tmp_path / "read" / "c.json", {"base": "abc", "judge": "judge"})  # from before readings were told
+    write_record(tmp_path / "read" / "c.json", {"base": "abc", "judge": "judge", "reading": 1})
     with pytest.raises(InfusionError, match=r"another reading \(1, here 2\)"):
         refuse_others(tmp_path / "read", "abc", "judge", 2)
 

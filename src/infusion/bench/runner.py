@@ -17,7 +17,6 @@ from infusion.bench.grid import Job
 from infusion.cores import usable_cores
 from infusion.errors import InfusionError
 
-OLDEST = {"reading": 1}  # what records say that do not say it
 ENGINES = ("processes", "ray")
 RunOne = Callable[[Job, int], dict[str, Any]]
 
@@ -31,7 +30,7 @@ def refuse_others(folder: Path, base: str, judge: str, reading: int) -> None:
     """Raise InfusionError where `folder` holds records of another base, judge or way of reading: its jobs would pass for done."""
     records = read_records(folder) if any(folder.glob("*.json")) else []
     for what, here in (("base", base), ("judge", judge), ("reading", reading)):
-        if others := {r.get(what, OLDEST.get(what)) for r in records} - {here, None}:
+        if others := {r.get(what) for r in records} - {here, None}:
             raise InfusionError(
                 f"{str(folder)!r} holds records of another {what} ({str(min(others))[:12]}, here {str(here)[:12]}); give a new folder."
             )

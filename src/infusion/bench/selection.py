@@ -7,7 +7,6 @@ from typing import Any
 
 from infusion.bench.figures import Record, subject
 from infusion.bench.grid import REFERENCES
-from infusion.bench.runner import OLDEST
 from infusion.errors import InfusionError
 from infusion.methods import METHODS
 
@@ -45,7 +44,7 @@ def refuse_mixtures(records: Sequence[Record]) -> None:
     for what, of in (
         ("base", lambda r: r["base"]),
         ("judge", lambda r: r.get("judge")),
-        ("reading", lambda r: r.get("reading", OLDEST["reading"])),
+        ("reading", lambda r: r.get("reading")),
         ("split", lambda r: r["job"]["split"]),
         ("number of pictures a prompt", lambda r: r["job"]["pictures"]),
         ("number of denoising steps", lambda r: r["job"]["denoising_steps"]),
