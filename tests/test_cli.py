@@ -167,9 +167,6 @@ def test_bad_input_to_train(run, photos, tmp_path, args, message):
 )
 def test_bad_input_to_generate(run, tmp_path, args, message):
     concept = tmp_path / "milo.safetensors"
-    from infusion.base import load_base
-    from tests.conftest import random_concept
-
     random_concept(load_base(device="cpu").unet).save(concept)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "photo.png")
     code, said = run(

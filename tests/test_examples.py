@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 import infusion
@@ -84,5 +83,4 @@ def test_real_size(tmp_path):
     result = script("benchmarks/real_size").main(tmp_path, "dog", "stable-diffusion-v1", None, None)
     assert (result["layers"], result["values"]) == (16, 12_480)
     assert result["file_bytes"] <= 11_264
-    assert result["parity_over_max_eps"] < 1e-4
-    assert torch.get_num_threads() >= 1
+    assert result["parity_over_max_eps"] < 1e-5

@@ -9,6 +9,7 @@ import contextlib
 import shlex
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -156,7 +157,7 @@ def train(
             for now in steered(pipe, infusion(pipe, lesson, config), lesson, steer, told):
                 told(f"Learning <{name}>", now.state.step, now.state.steps, f"loss {now.state.loss:.4f}")
                 if now.checkup:
-                    checkups.append(now.checkup.plain())
+                    checkups.append(asdict(now.checkup))
                     say.print(_seen(now.checkup))
         except KeyboardInterrupt:
             if now is None:

@@ -18,7 +18,7 @@ def write_report(
     evaluation: Evaluation, folder: Path, base: str, adapter: str, checkups: Sequence[Mapping[str, Any]] = ()
 ) -> Path:
     """report.html and figures.json in `folder`; returns the page's path. checkups: those of the training, if it had any
-    (`steering.Checkup.plain`), drawn as curves."""
+    (`steering.Checkup` as dicts), drawn as curves."""
     f, e = evaluation.figures, evaluation
     one = range(0, len(e.base), e.config.seeds)
     first = [

@@ -17,7 +17,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,6 @@ class Checkup:
     forgetting: float
     variety: float
     pull: Repeats | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON keeps it."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

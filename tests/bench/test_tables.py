@@ -5,12 +5,10 @@ from __future__ import annotations
 import base64
 import io
 
-import pytest
 from PIL import Image
 
 from infusion.bench.figures import curves, pooled
 from infusion.bench.tables import write_benchmark
-from infusion.errors import InfusionError
 from tests.bench.records import FLOOR, LEAKY, record
 
 
@@ -54,5 +52,3 @@ def test_the_page(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("tables*")) == ["tables.md"]
     assert "](" not in (tmp_path / "tables.md").read_text()
     assert Image.open(tmp_path / "trial-run-000.jpg").width > 90
-    with pytest.raises(InfusionError, match="more than one base"):
-        write_benchmark([FLOOR, {**LEAKY, "base": "def"}], tmp_path)

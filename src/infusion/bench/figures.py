@@ -139,7 +139,7 @@ def subject(record: Record) -> Hashable:
 
 def row_label(record: Record, point: Mapping[str, Any]) -> str:
     """The table's row that a point belongs to: the job's label, with the strength that it was drawn at where that is not 1."""
-    strength = point.get("strength", 1)  # records of before name it in their label
+    strength = point.get("strength", 1)
     return record["job"]["label"] if strength == 1 else f"{record['job']['label']} at {strength:g}"
 
 

@@ -37,12 +37,6 @@ from infusion.world.scenes import SIDE, Scene, render
 from infusion.world.truth import SHARES, SUBJECT_HEADS
 from infusion.world.vocabulary import BACKGROUND_PHRASES, BACKGROUNDS, CLASSES
 
-# What a base should reach on each.
-BARS = {
-    "kind": 0.95, "background": 0.95, "style": 0.90, "color1": 0.85, "pattern": 0.80, "position": 0.90, "both": 0.70,
-    "own colors": 0.60,
-}  # fmt: skip
-
 
 @torch.no_grad()
 def draw(

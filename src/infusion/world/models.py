@@ -1,6 +1,6 @@
 """The networks of the embedded base, in diffusers' and transformers' own classes.
 
-Sizes live here and nowhere else; training lives in `autoencoder.py` and `pretrain.py`.
+Training lives in `autoencoder.py` and `base_training.py`.
 """
 
 from __future__ import annotations
