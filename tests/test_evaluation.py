@@ -79,8 +79,8 @@ def test_the_base_against_itself_is_no_different(pipe, photos, kind):
     unchanged = TunedUNet("a dog", copy.deepcopy(pipe.unet)) if kind == "unet" else ConceptAdapter("a <milo>", empty)
     same = evaluate(pipe, unchanged, photos, "dog", CONFIG).figures
     assert same.forgetting.eps.value == 0
-    assert same.w2.squared == pytest.approx(0, abs=1e-6)
-    assert same.w2_exact == pytest.approx(0, abs=1e-6)
+    for term in (same.w2_mean, same.w2_covariance, same.w2_exact):
+        assert (term.value, term.low, term.high, term.n) == (*[pytest.approx(0, abs=1e-6)] * 3, 4)
     assert same.background_above is not None
     above = (same.background_above.value, same.nearest_photo_above.value, same.variety_above.value)
     assert above == pytest.approx((0, 0, 0), abs=1e-6)

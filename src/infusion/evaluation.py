@@ -28,7 +28,7 @@ from infusion.generation import Picture, Progress, denoiser, generate, of_each
 from infusion.judged import JudgedFigures, judged_figures
 from infusion.lesson import Lesson, check_noise, encode_pictures, prepare_lesson
 from infusion.methods.interface import Adapter, rebuilt
-from infusion.metrics.estimate import Estimate, bootstrap, paired
+from infusion.metrics.estimate import Estimate, bootstrap, jackknife, paired
 from infusion.metrics.fisher import FisherDivergence, divergence, predicted_noise
 from infusion.metrics.moments import Moments
 from infusion.metrics.similarity import cosines, nearest, spread
@@ -91,8 +91,8 @@ class Figures:
     difference to the base's pictures of the same prompts and seeds.
 
     forgetting: latent Fisher divergence on prompts that name neither the subject nor its class; generic: on one of the
-    class word alone, where only a prior that is preserved holds. w2, w2_exact: squared distance (W2^2) to the base's pictures of the class in
-    the principal components of both, Gaussian and by optimal transport. background: similarity to the photos outside
+    class word alone, where only a prior that is preserved holds. w2_mean, w2_covariance, w2_exact: squared distance (W2^2) to the base's pictures of the class in
+    the principal components of both, Gaussian in its two terms and by optimal transport. background: similarity to the photos outside
     the subject, None where the photos show no background. nearest_photo: of the whole picture, the subject
     included. variety: mean Euclidean distance among pictures of one prompt. features: by feature space, and lpips, where weights were
     given. judged: on the embedded base.
@@ -100,8 +100,9 @@ class Figures:
 
     forgetting: FisherDivergence
     generic: FisherDivergence
-    w2: GaussianW2
-    w2_exact: float
+    w2_mean: Estimate
+    w2_covariance: Estimate
+    w2_exact: Estimate
     background: Estimate | None
     background_above: Estimate | None
     nearest_photo: Estimate
@@ -319,6 +320,10 @@ def _figures(
     photos = lesson.latents.cpu().double() - centre
     b, c = (x - centre for x in latents)
     small = principal(b.flatten(1), c.flatten(1), dimensions=config.dimensions)
+
+    def gaussian(kept: Tensor) -> GaussianW2:
+        return gaussian_w2(Moments.of(small[0][kept]), Moments.of(small[1][kept]))
+
     found, similarity = nearest(c.flatten(1), photos.flatten(1))
     base_similarity = nearest(b.flatten(1), photos.flatten(1))[1]
     background = above = None
@@ -330,8 +335,9 @@ def _figures(
     figures = Figures(
         forgetting=forgotten[0],
         generic=forgotten[1],
-        w2=gaussian_w2(Moments.of(small[0]), Moments.of(small[1])),
-        w2_exact=empirical_w2(small[0], small[1]),
+        w2_mean=jackknife(lambda kept: gaussian(kept).mean, len(custom)),
+        w2_covariance=jackknife(lambda kept: gaussian(kept).covariance, len(custom)),
+        w2_exact=jackknife(lambda kept: empirical_w2(small[0][kept], small[1][kept]), len(custom)),
         background=background,
         background_above=above,
         nearest_photo=bootstrap(similarity),

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from infusion.metrics.estimate import bootstrap, paired, paired_rates, rate
+from infusion.metrics.estimate import bootstrap, jackknife, mean, paired, paired_rates, rate
 
 
 def test_the_interval_of_a_mean_is_the_normal_one():
@@ -90,3 +90,24 @@ def test_an_interval_of_a_difference_of_rates_covers_the_truth():
         found = paired_rates(u < 0.3, again < 0.1)
         held += found.low <= 0.2 <= found.high
     assert held >= 0.92 * 400
+
+
+def test_the_jackknife_of_a_mean_is_students():
+    x = torch.randn(17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours, students = jackknife(lambda kept: float(x[kept].mean()), 17), mean(x)
+    assert (ours.value, ours.low, ours.high, ours.n) == pytest.approx(
+        (students.value, students.low, students.high, 17), rel=1e-9
+    )
+    with pytest.raises(ValueError, match="There is 1 sample"):
+        jackknife(lambda kept: 0.0, 1)
+
+
+def test_the_jackknife_covers_a_squared_distance_that_the_bootstrap_overstates():
+    """Squared distance of the means of two sets a unit apart; resampling adds the means' own variance once more."""
+    generator = torch.Generator().manual_seed(2)
+    inside = 0
+    for _ in range(200):
+        x, y = torch.randn(2, 30, generator=generator, dtype=torch.float64)
+        e = jackknife(lambda kept, x=x, y=y: float((x[kept].mean() - y[kept].mean() - 1) ** 2), 30)
+        inside += e.low <= 1 <= e.high
+    assert 0.9 <= inside / 200 <= 0.99

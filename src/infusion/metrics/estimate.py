@@ -72,6 +72,21 @@ def mean(samples: Tensor, level: float = 0.95) -> Estimate:
     return Estimate(value, value - half, value + half, n)
 
 
+def jackknife(statistic: Callable[[Tensor], float], n: int) -> Estimate:
+    """A statistic of n samples with Student's interval by leaving out each in turn (Efron and Tibshirani, 1993, chapter 11): for distances between
+    sets, which a bootstrap's repeated samples would push upwards. statistic: of the samples whose indices (k,) it is given.
+
+    Raises ValueError for fewer than two samples.
+    """
+    if n < 2:
+        raise ValueError(f"There is {n} sample; the jackknife needs at least 2.")
+    everyone = torch.arange(n)
+    without = torch.tensor([statistic(everyone[everyone != i]) for i in range(n)], dtype=torch.float64)
+    error = float(((n - 1) / n * (without - without.mean()).square().sum()).sqrt())
+    value, half = statistic(everyone), float(student_t.ppf(0.975, n - 1)) * error
+    return Estimate(value, value - half, value + half, n)
+
+
 def rate(hits: Tensor, level_z: float = 1.959964) -> Estimate:
     """A share of hits (n,) bool with Wilson's interval, which is right also near 0 and 1, where the bootstrap is not
     (Wilson, 1927). Raises ValueError without samples."""
