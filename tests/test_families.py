@@ -255,6 +255,23 @@ def test_compiled_once_for_all_concepts(pipe):
     assert (doubled - first).abs().max() > 1e-3
 
 
+def test_blocks_compiled_one_by_one_share_their_graphs(pipe):
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    milo, rex = random_concept(pipe.unet), random_concept(pipe.unet, "rex", seed=5)
+    prompts = ["a dog", "a <milo> here", "a <milo:0.3> on the beach", "a <rex> in the snow"]
+    with infusion.attach(pipe, milo, rex):
+        eager = [latents(pipe, p) for p in prompts]
+        pipe.unet.compile_repeated_blocks(fullgraph=True, backend=counting)
+        compiled, counts = zip(*((latents(pipe, p), len(graphs)) for p in prompts), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(eager, compiled, strict=True))
+    assert counts == (2, 4, 4, 4)  # two shapes of seven blocks, without a concept and with one
+
+
 def test_bases_without_unet_are_refused():
     class Transformer:
         unet = None

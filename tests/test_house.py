@@ -15,7 +15,7 @@ ORDER = (
     ("errors", "families", "metrics", "console", "cores"),
     ("attention", "world.vocabulary"),
     ("world",),
-    ("prompts", "packing", "config"),
+    ("prompts", "packing", "config", "layers"),
     ("concept", "streams", "photos"),
     ("fit",),
     ("pipelines", "lesson", "naive"),

@@ -2,7 +2,7 @@
 
 A UNet call in which some rows carry a concept runs with one more row for each of them, the
 foundational row: same latents, same text, no residual. In every cross-attention layer a customized
-row takes the foundational row's output plus heat times residual (`attention.py`); everything else
+row takes the foundational row's output plus heat times residual (`layers.py`); everything else
 of the UNet runs per row as ever. From the timestep on that limits a concept its rows are the base's. Which
 rows carry what is told by a `Plan`; prompts and pipelines are `pipelines.py`'s business. Removing the hooks
 leaves nothing behind.
@@ -10,13 +10,12 @@ leaves nothing behind.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -24,11 +23,10 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from infusion.attention import attention_maps, residual_output, split_heads, word_heat
 from infusion.errors import InfusionError
+from infusion.layers import Call, LayerHooks, Mode
 from infusion.prompts import Mention
 
-Mode = Literal["joint", "record", "replay"]
 Rows = tuple[tuple[Mention, ...], ...]  # the mentions of each conditional row
 
 # Who alone is heard by a UNet's calls: a training's passes must not follow the plan of a drawing that broke off.
@@ -124,30 +122,6 @@ class Plan:
     guidance: bool | None = None
 
 
-@dataclass
-class _Call:
-    """One UNet call in work. B rows came in; F foundational rows are appended in joint mode.
-
-    Entries are pairs of a customized row and a mention in it. `source` says for each customized row which
-    of the rows that attention computes itself holds its maps.
-    """
-
-    rows: Tensor  # (C,) customized rows
-    entry_row: Tensor  # (E,) index into rows
-    words: Tensor  # (E, m) strength on the word's tokens
-    residuals: dict[str, Tensor]  # layer path -> residual of each entry (E, h * d)
-    batch: int
-    mode: Mode
-    source: Tensor  # (C,)
-    keep: Tensor | None = None  # rows that attention computes itself; None = all
-    origin: Tensor | None = None  # for every row, its place among the kept ones
-
-    @property
-    def doubled(self) -> bool:
-        """Whether foundational rows were appended."""
-        return self.keep is not None
-
-
 class Streams:
     """The two streams on one UNet: hooks, the concepts they know, and the plan of the current call."""
 
@@ -162,18 +136,13 @@ class Streams:
         self.heard: WeakSet[Plan] = WeakSet()  # those met of which a call heard a concept
         self.strayed: WeakSet[Plan] = WeakSet()  # those met of which a later call as large brought other text states
         self.mode: Mode = "joint"
-        self.recorded: dict[
-            str, tuple[Tensor, Tensor]
-        ] = {}  # path -> foundational output, and heat of each entry (E, h, n)
-        self._call: _Call | None = None
+        self._call: Call | None = None
         self._signature = inspect.signature(unet.forward)
+        self._hooks = [LayerHooks(path, layer) for path, layer in self.layers.items()]
         self._handles = [
             unet.register_forward_pre_hook(self._begin, with_kwargs=True),
             unet.register_forward_hook(self._end),
         ]
-        for path, layer in self.layers.items():
-            self._handles.append(layer.register_forward_pre_hook(self._select, with_kwargs=True))
-            self._handles.append(layer.register_forward_hook(functools.partial(self._merge, path), with_kwargs=True))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Streams:
         """A copied UNet brings its hooks along; they stay ours, and know that they are on a copy, which is the base's alone."""
@@ -181,9 +150,8 @@ class Streams:
 
     def remove(self) -> None:
         """Take all hooks off the UNet."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for hooks in (*self._hooks, *self._handles):
+            hooks.remove()
 
     @contextmanager
     def calls(self, plan: Plan, mode: Mode = "joint") -> Iterator[None]:
@@ -198,6 +166,11 @@ class Streams:
             self.plans, self.mode = before
             _speaking[self.unet] = speaker
 
+    @property
+    def recorded(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """What the last "record" left: layer path -> foundational output, and heat of each entry (E, h, n)."""
+        return {hooks.path: hooks.recorded for hooks in self._hooks if hooks.recorded}
+
     def word_strengths(self) -> Tensor | None:
         """Of the UNet call in work, every row's strength on the concepts' words (b, m); None where no row carries one."""
         call = self._call
@@ -206,18 +179,19 @@ class Streams:
         return call.words.new_zeros(call.batch, call.words.shape[1]).index_add(0, call.rows[call.entry_row], call.words)
 
     # --- hooks ---------------------------------------------------------------------------------
-    # The UNet's own two stay out of torch.compile's graphs: all that depends on a prompt or a concept is
+    # They stay out of torch.compile's graphs: all that depends on a prompt or a concept is
     # decided in them, so that compiled layers see tensors only and are not compiled again for another concept.
 
     @torch.compiler.disable
     def _begin(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        self._call = None
+        self._work_on(None)
         if unet is not self.unet or (_speaking.get(unet) or self) is not self:
             return None
         bound = self._signature.bind(*args, **kwargs)
         states = bound.arguments["encoder_hidden_states"]
         batch = bound.arguments["sample"].shape[0]
-        self._call = call = self._planned(batch, states, bound.arguments["timestep"])
+        call = self._planned(batch, states, bound.arguments["timestep"])
+        self._work_on(call)
         if call is None or not call.doubled:
             return None
         rows = call.rows
@@ -234,49 +208,14 @@ class Streams:
         output.sample = output.sample[: call.batch]
         return output
 
-    def _select(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        """Let attention compute only rows that need it."""
-        call = self._call
-        if call is None or call.mode == "record":
-            return None
-        if call.mode == "replay":  # nothing needs it; one row keeps the stock forward in its shapes
-            return tuple(_detached_first(a) for a in args), {k: _detached_first(v) for k, v in kwargs.items()}
-        if call.keep is None:
-            return None
-        total, keep = call.batch + len(call.rows), call.keep
-        return tuple(_take(a, keep, total) for a in args), {k: _take(v, keep, total) for k, v in kwargs.items()}
-
-    def _merge(self, path: str, layer: Attention, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        """Give every row its output; customized rows get the foundational one plus heat times residual."""
-        call = self._call
-        if call is None:
-            return None
-        residual = call.residuals.get(path)
-        if call.mode == "replay":
-            output, heat = self.recorded[path]
-        elif residual is None and call.mode == "joint":
-            return output if call.origin is None else output[call.origin]
-        else:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            text = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
-            if isinstance(text, tuple):  # with an IP-Adapter: the text, and its pictures
-                text = text[0]
-            maps = _maps(layer, hidden[call.source], text[call.source])
-            heat = word_heat(maps[call.entry_row], call.words)
-            if call.mode == "record":
-                self.recorded[path] = (output, heat)
-                return None
-            if call.origin is not None:
-                output = output[call.origin]
-        if residual is None:
-            return output
-        delta = residual_output(heat, residual)
-        per_row = delta.new_zeros(len(call.rows), *delta.shape[1:]).index_add(0, call.entry_row, delta)
-        return output.index_add(0, call.rows, _project(layer, per_row).to(output.dtype))
+    def _work_on(self, call: Call | None) -> None:
+        self._call = call
+        for hooks in self._hooks:
+            hooks.begin(call)
 
     # --- rows ----------------------------------------------------------------------------------
 
-    def _planned(self, batch: int, states: Tensor, timestep: Tensor | float) -> _Call | None:
+    def _planned(self, batch: int, states: Tensor, timestep: Tensor | float) -> Call | None:
         """The call's customized rows, or None for a call that carries no concept. Of the plans in force the innermost counts whose
         text states the call brings."""
         for plan in reversed(self.plans):
@@ -291,7 +230,7 @@ class Streams:
             self.strayed.add(innermost)
         return None
 
-    def _following(self, plan: Plan, chunks: list[bool], states: Tensor, timestep: Tensor | float) -> _Call | None:
+    def _following(self, plan: Plan, chunks: list[bool], states: Tensor, timestep: Tensor | float) -> Call | None:
         """The call by a plan whose text states are those of some `chunks` of its rows; None where no concept is heard."""
         n, batch = len(plan.rows), len(states)
         if not any(plan.rows):
@@ -319,7 +258,7 @@ class Streams:
             tuple(m for m in row if t < self.limits.get(m.name, math.inf)) for row, t in zip(rows, each, strict=True)
         )
 
-    def _make_call(self, plan_rows: Rows, offset: int, batch: int, states: Tensor) -> _Call:
+    def _make_call(self, plan_rows: Rows, offset: int, batch: int, states: Tensor) -> Call:
         # Of a UNet that lies elsewhere than the pipeline's other parts, torch's hooks run before accelerate's moves the states.
         device = getattr(getattr(self.unet, "_hf_hook", None), "execution_device", None)
         device = states.device if device is None else torch.device(device)
@@ -333,7 +272,7 @@ class Streams:
         if self.mode == "joint" and self.two_streams:
             source, keep, origin = _foundations(customized, batch)
         places = lambda values: None if values is None else torch.tensor(values, device=device)  # noqa: E731
-        return _Call(
+        return Call(
             rows=torch.tensor(customized, device=device),
             entry_row=torch.tensor([c for c, _ in entries], device=device),
             words=words.to(device),
@@ -360,31 +299,13 @@ class Streams:
 def _foundations(customized: list[int], batch: int) -> tuple[list[int], list[int], list[int]]:
     """Of a batch to which a foundational row for each of the `customized` is appended: the rows that attention computes itself; for each
     customized row the place among them that holds its maps; for every row the place that holds its output. Returns
-    (source, keep, origin) of `_Call`."""
+    (source, keep, origin) of `Call`."""
     total = batch + len(customized)
     keep = [row for row in range(total) if row not in customized]
     place = {row: i for i, row in enumerate(keep)}
     source = [place[batch + c] for c in range(len(customized))]
     foundation = dict(zip(customized, source, strict=True))
     return source, keep, [foundation.get(row, place.get(row, 0)) for row in range(total)]
-
-
-def _maps(layer: Attention, hidden: Tensor, text: Tensor) -> Tensor:
-    """The layer's own attention maps (b, h, n, m) for the given rows."""
-    if layer.norm_cross:
-        text = layer.norm_encoder_hidden_states(text)
-    query = split_heads(layer.to_q(hidden), layer.heads)
-    key = split_heads(layer.to_k(text), layer.heads)
-    query = query if layer.norm_q is None else layer.norm_q(query)
-    key = key if layer.norm_k is None else layer.norm_k(key)
-    return attention_maps(query, key, layer.scale)
-
-
-def _project(layer: Attention, delta: Tensor) -> Tensor:
-    """The output projection without its bias, whatever wraps it (a LoRA): it is affine."""
-    to_out: Callable[[Tensor], Tensor] = layer.to_out[0]
-    zero = to_out(delta.new_zeros(1, 1, delta.shape[-1]))
-    return (to_out(delta) - zero) / layer.rescale_output_factor
 
 
 def _append_rows(value: Any, rows: Tensor, batch: int) -> Any:
@@ -396,16 +317,3 @@ def _append_rows(value: Any, rows: Tensor, batch: int) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_append_rows(v, rows, batch) for v in value)
     return value
-
-
-def _take(value: Any, keep: Tensor, total: int) -> Any:
-    """Rows `keep` of every tensor that has `total` of them, nested ones too."""
-    if isinstance(value, tuple | list):
-        return type(value)(_take(v, keep, total) for v in value)
-    return value[keep] if isinstance(value, Tensor) and value.ndim and value.shape[0] == total else value
-
-
-def _detached_first(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return type(value)(_detached_first(v) for v in value)
-    return value[:1].detach() if isinstance(value, Tensor) and value.ndim else value
