@@ -174,7 +174,7 @@ def test_textual_inversion_tokens_beside_a_concept(pipe):
         pipe.encode_prompt("a <cat-toy> and <milo>", torch.device("cpu"), 1, False)
         from infusion.pipelines import _Session
 
-        plan = _Session.open[id(pipe.unet)].streams.plans[-1]
+        plan = _Session.open[id(pipe.unet)].streams.here.plans[-1]
     base = latents(pipe, "a <cat-toy> and dog")
     assert (zero - base).abs().max() < 1e-5 * base.abs().max()
     assert (after - base).abs().max() > 1e-3

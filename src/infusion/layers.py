@@ -6,16 +6,19 @@ which is told by a `Call`; `streams.py` makes it before the UNet begins, and giv
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from infusion.attention import attention_maps, residual_output, split_heads, word_heat
 
 Mode = Literal["joint", "record", "replay"]
+Record = tuple[Tensor, Tensor]  # a layer's foundational output, and the heat of each entry (E, h, n)
 
 
 @dataclass
@@ -42,17 +45,25 @@ class Call:
         return self.keep is not None
 
 
+@dataclass(frozen=True)
+class _Work:
+    """One layer's part in a UNet call."""
+
+    call: Call
+    residual: Tensor | None  # of each entry (E, h * d)
+    recorded: Record | None
+
+
 class LayerHooks:
-    """The hooks on one layer, and what they need of the UNet call in work.
+    """The hooks on one layer, and what they need of the UNet call in work, which belongs to the thread that calls.
 
     They see tensors only, never the layer's path: compiled blocks of one shape share a graph.
     """
 
     def __init__(self, path: str, layer: Attention) -> None:
         self.path = path
-        self.recorded: tuple[Tensor, Tensor] | None = None  # foundational output, and heat of each entry (E, h, n)
-        self._call: Call | None = None
-        self._residual: Tensor | None = None
+        self._here = threading.local()  # its `work`, and what it `recorded`
+        self._learned: _Work | None = None
         self._handles = [
             layer.register_forward_pre_hook(self._select, with_kwargs=True),
             layer.register_forward_hook(self._merge, with_kwargs=True),
@@ -62,21 +73,34 @@ class LayerHooks:
         """A copied UNet brings its hooks along; they stay ours."""
         return self
 
+    @property
+    def recorded(self) -> Record | None:
+        """What the thread's last call in "record" mode left."""
+        return getattr(self._here, "recorded", None)
+
     def begin(self, call: Call | None) -> None:
-        """A UNet call begins; None for one that carries no concept."""
-        self._call = call
-        self._residual = None if call is None else call.residuals.get(self.path)
+        """A UNet call of this thread begins; None for one that carries no concept."""
+        work = None if call is None else _Work(call, call.residuals.get(self.path), self.recorded)
+        self._here.work = work
+        if torch.is_grad_enabled():
+            self._learned = work
 
     def remove(self) -> None:
         """Take both hooks off the layer."""
         for handle in self._handles:
             handle.remove()
 
+    @property
+    def _work(self) -> _Work | None:
+        """What this thread works on. One without a call of its own is autograd's, in which a GPU computes checkpoints again."""
+        return getattr(self._here, "work", self._learned)
+
     def _select(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Let attention compute only rows that need it."""
-        call = self._call
-        if call is None or call.mode == "record":
+        work = self._work
+        if work is None or work.call.mode == "record":
             return None
+        call = work.call
         if call.mode == "replay":  # nothing needs it; one row keeps the stock forward in its shapes
             return tuple(_detached_first(a) for a in args), {k: _detached_first(v) for k, v in kwargs.items()}
         if call.keep is None:
@@ -86,12 +110,13 @@ class LayerHooks:
 
     def _merge(self, layer: Attention, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         """Give every row its output; customized rows get the foundational one plus heat times residual."""
-        call, residual = self._call, self._residual
-        if call is None:
+        work = self._work
+        if work is None:
             return None
+        call, residual = work.call, work.residual
         if call.mode == "replay":
-            assert self.recorded is not None
-            output, heat = self.recorded
+            assert work.recorded is not None
+            output, heat = work.recorded
         elif residual is None and call.mode == "joint":
             return output if call.origin is None else output[call.origin]
         else:
@@ -102,7 +127,7 @@ class LayerHooks:
             maps = _maps(layer, hidden[call.source], text[call.source])
             heat = word_heat(maps[call.entry_row], call.words)
             if call.mode == "record":
-                self.recorded = output, heat
+                self._here.recorded = output, heat
                 return None
             if call.origin is not None:
                 output = output[call.origin]

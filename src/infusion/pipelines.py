@@ -4,6 +4,7 @@ All attachments to one UNet share one session: its streams, and every pipeline b
 siblings made with `from_pipe` before or meanwhile. In each of them `encode_prompt` is replaced, on
 the instance, by one that understands `<name>`, and `maybe_free_model_hooks` by one that knows the call is over; while anything is
 attached, diffusers' `register_modules` tells us of new siblings. The last detach takes everything back.
+A call belongs to the thread that encodes its prompt, so pipelines on one UNet may draw at once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import gc
 import inspect
 import math
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +47,8 @@ def attach(
     customized stream itself (cheaper, for comparison); of nested attachments the innermost decides for all. strength: concept name -> factor on its residual,
     beside `<name:0.7>` in a prompt; both multiply.
 
-    Calls without a `<name>` are the base model's, bit for bit. Returns an `Attachment`, which ends with its
+    Calls without a `<name>` are the base model's, bit for bit. Threads may draw at once, each with a pipeline and a scheduler of its own
+    on the UNet; attach and detach while none draws, or what is under way may change. Returns an `Attachment`, which ends with its
     `with` block or with `detach()`. Raises InfusionError for a concept of another architecture, for
     two concepts of one name, and for pipelines that have no cross-attention; warns where the
     architecture fits but the weights are others than the concept was learned on.
@@ -139,6 +142,7 @@ class _Session:
     """Everything attached to one UNet."""
 
     open: ClassVar[dict[int, _Session]] = {}  # id of the UNet -> its session, as long as something is attached
+    encoding: ClassVar = threading.RLock()  # pipelines share tokenizers, which hold state while they work
     # What was encoded, where concepts stand in it and for which class words, by UNet: known in later sessions too, as long as the states are alive.
     encoded: ClassVar[WeakKeyDictionary[nn.Module, list[tuple[weakref.ref[Tensor], Rows, dict[str, str]]]]] = (
         WeakKeyDictionary()
@@ -151,8 +155,6 @@ class _Session:
         self.pipelines: list[DiffusionPipeline] = []
         # id of a pipeline -> what it had of _REPLACED itself, not from its class
         self.own: dict[int, dict[str, Any]] = {}
-        # Under way, or begun and never ended; the innermost last.
-        self.calls: list[tuple[DiffusionPipeline, Plan]] = []
 
     @classmethod
     def of(cls, unet: nn.Module) -> _Session:
@@ -196,7 +198,8 @@ class _Session:
         @functools.wraps(stock)
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
             call = signature.bind(*args, **kwargs)
-            return self.encode(pipe, call, lambda: _called(stock, call, len(args)))
+            with self.encoding:
+                return self.encode(pipe, call, lambda: _called(stock, call, len(args)))
 
         free = pipe.maybe_free_model_hooks
 
@@ -210,21 +213,19 @@ class _Session:
         pipe.encode_prompt, pipe.maybe_free_model_hooks = encode_prompt, maybe_free_model_hooks
         self.pipelines.append(pipe)
 
-    def begun(self, pipe: DiffusionPipeline, plan: Plan) -> None:
-        """A call of `pipe` follows `plan` until it ends; a call inside it, by a callback, is another."""
-        self.calls = [*self.calls[-MAX_CALLS:], (pipe, plan)]
-        self.streams.plans = [plan for _, plan in self.calls]
+    def begun(self, plan: Plan) -> None:
+        """A call of the plan's caller follows it until it ends; a call inside it, by a callback, is another."""
+        here = self.streams.here
+        here.plans = [*here.plans[-MAX_CALLS:], plan]
 
     def ended(self, pipe: DiffusionPipeline) -> Plan | None:
         """The innermost call of `pipe` is over, and with it those inside that never ended. Returns its plan if it names a concept."""
-        over = None
-        while any(p is pipe for p, _ in self.calls):
-            caller, plan = self.calls.pop()
-            if caller is pipe:
-                over = plan if any(plan.rows) else None
-                break
-        self.streams.plans = [plan for _, plan in self.calls]
-        return over
+        here = self.streams.here
+        for i in reversed(range(len(here.plans))):
+            if (plan := here.plans[i]).caller is pipe:
+                here.plans = here.plans[:i]
+                return plan if any(plan.rows) else None
+        return None
 
     def _check_followed(self, plan: Plan) -> None:
         """Raise InfusionError where no UNet call followed the plan of a call that is over, warn where some did not."""
@@ -258,7 +259,7 @@ class _Session:
             self.encoded[self.unet] = [*alive, (weakref.ref(result[0]), rows, self._words())]
         if isinstance(result[0], Tensor):  # a call without a concept has a plan too: it may run inside one that has
             carried = tuple(self._weighted(row) for row in rows) or ((),) * len(result[0])
-            self.begun(pipe, Plan(carried, result[0], given.get("do_classifier_free_guidance")))
+            self.begun(Plan(carried, result[0], given.get("do_classifier_free_guidance"), pipe))
         return result
 
     def _encoded(

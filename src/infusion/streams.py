@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,13 +25,10 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from infusion.errors import InfusionError
-from infusion.layers import Call, LayerHooks, Mode
+from infusion.layers import Call, LayerHooks, Mode, Record
 from infusion.prompts import Mention
 
 Rows = tuple[tuple[Mention, ...], ...]  # the mentions of each conditional row
-
-# Who alone is heard by a UNet's calls: a training's passes must not follow the plan of a drawing that broke off.
-_speaking: WeakKeyDictionary[nn.Module, Streams | None] = WeakKeyDictionary()
 
 
 def cross_attention_layers(unet: nn.Module) -> dict[str, Attention]:
@@ -114,16 +112,40 @@ class Plan:
     rows: mentions of each conditional row. states: the rows' text states (n, m, d), by which a UNet
     call is recognized as one of this plan's; which rows are customized follows from the plan and the batch
     alone, so a negative prompt may be the same text. guidance: whether the calls bring unconditional rows too, None where
-    that is not known.
+    that is not known. caller: whose calls they are, for those who must tell.
     """
 
     rows: Rows
     states: Tensor
     guidance: bool | None = None
+    caller: object = None
+
+
+class _Speaking(threading.local):
+    """Who alone is heard by the calls of a UNet in this thread: a training's passes must not follow the plan of a drawing that broke off."""
+
+    def __init__(self) -> None:
+        self.on: WeakKeyDictionary[nn.Module, Streams | None] = WeakKeyDictionary()
+
+
+_speaking = _Speaking()
+
+
+class Here(threading.local):
+    """What streams keep for each thread that calls their UNet; a new one begins with nothing."""
+
+    def __init__(self) -> None:
+        self.plans: list[Plan] = []  # those in force, the innermost last
+        self.mode: Mode = "joint"
+        self.call: Call | None = None  # in work
 
 
 class Streams:
-    """The two streams on one UNet: hooks, the concepts they know, and the plan of the current call."""
+    """The two streams on one UNet: hooks, the concepts they know, and the plans of the calls in each thread.
+
+    Threads may call the UNet at once; a plan counts in the thread that laid it. Concepts and hooks are everyone's: what changes them while
+    another thread calls changes that call.
+    """
 
     def __init__(self, unet: nn.Module) -> None:
         self.unet = unet
@@ -131,12 +153,10 @@ class Streams:
         self.residuals: dict[str, Mapping[str, Tensor]] = {}  # concept name -> path -> residual
         self.limits: dict[str, int] = {}  # concept name -> the timestep below which alone it is heard
         self.two_streams = True
-        self.plans: list[Plan] = []  # those in force, the innermost last
+        self.here = Here()
         self.met: WeakKeyDictionary[Plan, int] = WeakKeyDictionary()  # those that a UNet call followed, and its rows
         self.heard: WeakSet[Plan] = WeakSet()  # those met of which a call heard a concept
         self.strayed: WeakSet[Plan] = WeakSet()  # those met of which a later call as large brought other text states
-        self.mode: Mode = "joint"
-        self._call: Call | None = None
         self._signature = inspect.signature(unet.forward)
         self._hooks = [LayerHooks(path, layer) for path, layer in self.layers.items()]
         self._handles = [
@@ -155,25 +175,26 @@ class Streams:
 
     @contextmanager
     def calls(self, plan: Plan, mode: Mode = "joint") -> Iterator[None]:
-        """UNet calls within follow `plan`, and none of other streams on the UNet. "record" computes the foundational stream alone and keeps
+        """UNet calls of this thread within follow `plan`, and none of other streams on the UNet. "record" computes the foundational stream alone and keeps
         its outputs and words' heat; "replay" computes the customized stream alone from what was recorded."""
-        before, speaker = (self.plans, self.mode), _speaking.get(self.unet)
-        self.plans, self.mode = [plan], mode
-        _speaking[self.unet] = self
+        here, on = self.here, _speaking.on
+        before, speaker = (here.plans, here.mode), on.get(self.unet)
+        here.plans, here.mode = [plan], mode
+        on[self.unet] = self
         try:
             yield
         finally:
-            self.plans, self.mode = before
-            _speaking[self.unet] = speaker
+            here.plans, here.mode = before
+            on[self.unet] = speaker
 
     @property
-    def recorded(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """What the last "record" left: layer path -> foundational output, and heat of each entry (E, h, n)."""
+    def recorded(self) -> dict[str, Record]:
+        """What the thread's last "record" left, by layer path."""
         return {hooks.path: hooks.recorded for hooks in self._hooks if hooks.recorded}
 
     def word_strengths(self) -> Tensor | None:
-        """Of the UNet call in work, every row's strength on the concepts' words (b, m); None where no row carries one."""
-        call = self._call
+        """Of the thread's UNet call in work, every row's strength on the concepts' words (b, m); None where no row carries one."""
+        call = self.here.call
         if call is None:
             return None
         return call.words.new_zeros(call.batch, call.words.shape[1]).index_add(0, call.rows[call.entry_row], call.words)
@@ -185,7 +206,7 @@ class Streams:
     @torch.compiler.disable
     def _begin(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         self._work_on(None)
-        if unet is not self.unet or (_speaking.get(unet) or self) is not self:
+        if unet is not self.unet or (_speaking.on.get(unet) or self) is not self:
             return None
         bound = self._signature.bind(*args, **kwargs)
         states = bound.arguments["encoder_hidden_states"]
@@ -200,7 +221,7 @@ class Streams:
 
     @torch.compiler.disable
     def _end(self, unet: nn.Module, args: tuple, output: Any) -> Any:
-        call = self._call
+        call = self.here.call
         if call is None or not call.doubled:
             return None
         if isinstance(output, tuple):
@@ -209,7 +230,7 @@ class Streams:
         return output
 
     def _work_on(self, call: Call | None) -> None:
-        self._call = call
+        self.here.call = call
         for hooks in self._hooks:
             hooks.begin(call)
 
@@ -218,14 +239,14 @@ class Streams:
     def _planned(self, batch: int, states: Tensor, timestep: Tensor | float) -> Call | None:
         """The call's customized rows, or None for a call that carries no concept. Of the plans in force the innermost counts whose
         text states the call brings."""
-        for plan in reversed(self.plans):
+        for plan in reversed(self.here.plans):
             n = len(plan.rows)
             if not n or batch % n or states.shape[1:] != plan.states.shape[1:]:
                 continue
             chunks = [torch.equal(c, plan.states.to(c)) for c in states.split(n)]
             if any(chunks):
                 return self._following(plan, chunks, states, timestep)
-        innermost = self.plans[-1] if self.plans else None
+        innermost = self.here.plans[-1] if self.here.plans else None
         if innermost and self.met.get(innermost) == batch and states.shape[1:] == innermost.states.shape[1:]:
             self.strayed.add(innermost)
         return None
@@ -269,7 +290,7 @@ class Streams:
             words[e, list(mention.positions)] = mention.strength
         customized = [i + offset for i in rows]
         source, keep, origin = customized, None, None
-        if self.mode == "joint" and self.two_streams:
+        if self.here.mode == "joint" and self.two_streams:
             source, keep, origin = _foundations(customized, batch)
         places = lambda values: None if values is None else torch.tensor(values, device=device)  # noqa: E731
         return Call(
@@ -278,7 +299,7 @@ class Streams:
             words=words.to(device),
             residuals=self._entry_residuals([m.name for _, m in entries], device, states.dtype),
             batch=batch,
-            mode=self.mode,
+            mode=self.here.mode,
             source=torch.tensor(source, device=device),
             keep=places(keep),
             origin=places(origin),
