@@ -86,6 +86,12 @@ def test_train_then_generate(run, photos, tmp_path):
     with Image.open(max(pictures.glob("0*.png"))) as image:
         assert image.info["concepts"] == "<milo> = dog, <rex> = dog"
 
+    asked = ("--width", 96, "--height", 40, "--scheduler", "euler-a", "--count", 1)
+    code, said = run("generate", "a <milo>", *common, *asked)
+    assert code == 0, said
+    with Image.open(max(pictures.glob("0*.png"))) as image:
+        assert (image.size, image.info["scheduler"]) == ((96, 40), "EulerAncestralDiscreteScheduler")
+
     code, said = run("inspect", concept)
     assert code == 0, said
     assert "milo" in said
@@ -163,6 +169,8 @@ def test_bad_input_to_train(run, photos, tmp_path, args, message):
         (("a <milo>", "--guidance", "nan"), "guidance_scale is nan"),
         (("a <milo>", "--steps", "2000"), "steps is 2000; this base's scheduler has 1,000 timesteps"),
         (("a <milo>", "--seed", str(2**63)), "it must be a whole number of 64 bits"),
+        (("a <milo>", "--width", "60"), "width is 60; this base draws multiples of 8 pixels"),
+        (("a <milo>", "--scheduler", "heun"), "'heun' is no scheduler known here; use one of ddim"),
     ],
 )
 def test_bad_input_to_generate(run, tmp_path, args, message):

@@ -19,7 +19,7 @@ ORDER = (
     ("concept", "streams", "photos"),
     ("fit",),
     ("pipelines", "lesson", "naive"),
-    ("training", "methods", "generation", "base", "sheets", "report"),
+    ("training", "methods", "generation", "schedulers", "base", "sheets", "report"),
     ("features", "judged", "album"),
     ("diagnosis", "demo", "adapters"),
     ("evaluation",),

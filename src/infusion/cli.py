@@ -223,6 +223,11 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 6.0,
     negative: Annotated[str | None, typer.Option(help="What the pictures should not show.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8; the base's own if not given.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8; the base's own if not given.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddim, euler, euler-a, dpm++, lcm or unipc; the base's own if not given.")
+    ] = None,
     single_stream: Annotated[
         bool,
         typer.Option(
@@ -239,13 +244,18 @@ def generate(
         from infusion.base import load_base
         from infusion.generation import drawing, free, save_pictures
         from infusion.pipelines import attach, encode
+        from infusion.schedulers import check_scheduler, scheduler_for
         from infusion.sheets import square_grid
 
         concepts = [named_concept(given) for given in concept or []]
         learned_so = bool(concepts) and not any(c.settings.get("two_streams", True) for c in concepts)
         two_streams = not (single_stream or learned_so)
+        if scheduler:
+            check_scheduler(scheduler)
         writable(out / "contact-sheet.png")
         pipe = load_base(base, device, dtype, prediction)
+        if scheduler:
+            pipe.scheduler = scheduler_for(pipe, scheduler)
         known = pipe.tokenizer.get_vocab()
         check_names(prompts, concepts, known)
         check_negative(negative, {*known, *(f"<{c.name}>" for c in concepts)})
@@ -257,6 +267,7 @@ def generate(
             "base": base,
             "steps": str(steps),
             "guidance_scale": str(guidance),
+            "scheduler": type(pipe.scheduler).__name__,
             "negative_prompt": negative or "",
             "streams": "2" if two_streams else "1",
             "dtype": dtype,
@@ -266,7 +277,7 @@ def generate(
         with attach(pipe, *concepts, two_streams=two_streams) if concepts else contextlib.nullcontext():
             if concepts:
                 encode(pipe, prompts)  # an unknown name is told before anything is drawn
-            for part in drawing(pipe, texts, seeds, steps, guidance, batch, negative, on_step):
+            for part in drawing(pipe, texts, seeds, steps, guidance, batch, negative, on_step, width, height):
                 pictures += part
                 paths += save_pictures(part, out, details)  # what is drawn is kept, whatever comes
         sheet = free(out / "contact-sheet.png")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -49,9 +49,11 @@ def generate(
     batch: int | None = None,
     negative_prompt: str | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    width: int | None = None,
+    height: int | None = None,
 ) -> list[Picture]:
     """One picture for each pair of prompt and seed. See `drawing`, which yields them as they are drawn."""
-    drawn = drawing(pipe, prompts, seeds, steps, guidance_scale, batch, negative_prompt, on_step)
+    drawn = drawing(pipe, prompts, seeds, steps, guidance_scale, batch, negative_prompt, on_step, width, height)
     return [picture for part in drawn for picture in part]
 
 
@@ -64,26 +66,32 @@ def drawing(
     batch: int | None = None,
     negative_prompt: str | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    width: int | None = None,
+    height: int | None = None,
 ) -> Iterator[list[Picture]]:
     """One picture for each pair of prompt and seed, yielded batch by batch.
 
     A picture depends on its prompt and seed; the batch changes it by kernel tolerance only. batch: pictures at a time, by default
-    `default_batch`. on_step is told (denoising steps done, steps in all) over all batches.
+    `default_batch`. on_step is told (denoising steps done, steps in all) over all batches. width, height: in pixels, by default the
+    base's own. Raises InfusionError for what cannot be drawn so.
     """
     if len(prompts) != len(seeds):
         raise InfusionError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed for each prompt.")
     for name, value in (("steps", steps), ("batch", batch)):
         if value is not None and value < 1:
             raise InfusionError(f"{name} is {value}; it must be at least 1.")
-    if steps > (most := pipe.scheduler.config["num_train_timesteps"]):
+    # Distilled bases learned some of the timesteps only.
+    few = isinstance(pipe.scheduler, LCMScheduler | TCDScheduler)
+    if steps > (most := pipe.scheduler.config["original_inference_steps" if few else "num_train_timesteps"]):
         raise InfusionError(
-            f"steps is {steps}; this base's scheduler has {most:,} timesteps, so give at most as many, usually 20 to 50."
+            f"steps is {steps}; this base's scheduler has {most:,} timesteps, so give at most as many, usually {'4 to 8' if few else '20 to 50'}."
         )
+    size = picture_size(pipe, width, height)
     if not math.isfinite(guidance_scale):
         raise InfusionError(f"guidance_scale is {guidance_scale}; give a finite number, usually 1 to 10.")
     for seed in seeds:
         check_seed(seed)
-    batch = batch or default_batch(pipe)
+    batch = batch or default_batch(pipe, size)
     parts = range(0, len(prompts), batch)
     for number, start in enumerate(parts):
         part, numbers = list(prompts[start : start + batch]), list(seeds[start : start + batch])
@@ -100,14 +108,30 @@ def drawing(
             guidance_scale=guidance_scale,
             generator=[torch.Generator().manual_seed(s) for s in numbers],
             callback_on_step_end=told,
+            width=size[0],
+            height=size[1],
         ).images
         yield [Picture(i, p, s) for i, p, s in zip(images, part, numbers, strict=True)]
 
 
-def default_batch(pipe: DiffusionPipeline) -> int:
-    """Pictures drawn at a time: 16 of the embedded base's, 4 of 512 pixels, 1 of 768 and more."""
-    side = require_unet(pipe).config["sample_size"]
-    return max(1, min(16, 4 * 64**2 // side**2))
+def picture_size(pipe: DiffusionPipeline, width: int | None = None, height: int | None = None) -> tuple[int, int]:
+    """Width and height in pixels, the base's own where None. Raises InfusionError for a side that it cannot draw."""
+    own = require_unet(pipe).config["sample_size"] * pipe.vae_scale_factor
+    step = math.lcm(8, pipe.vae_scale_factor)  # of which diffusers' pipelines want multiples, and the autoencoder
+    for name, value in (("width", width), ("height", height)):
+        if value is not None and (value < step or value % step):
+            below = max(1, value // step) * step
+            raise InfusionError(
+                f"{name} is {value}; this base draws multiples of {step} pixels, so give {below} or {below + step}."
+            )
+    return width or own, height or own
+
+
+def default_batch(pipe: DiffusionPipeline, size: tuple[int, int] | None = None) -> int:
+    """Pictures of that size drawn at a time, by default of the base's own: 16 of the embedded base's, 4 of 512 pixels, 1 of 768 and more."""
+    width, height = size or picture_size(pipe)
+    latents = width * height // pipe.vae_scale_factor**2
+    return max(1, min(16, 4 * 64**2 // latents))
 
 
 def denoiser(pipe: DiffusionPipeline) -> Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor]:

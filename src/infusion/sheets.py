@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 _INK, _PAPER = (40, 40, 48), (255, 255, 255)
 
@@ -39,7 +39,9 @@ def contact_sheet(
 
 
 def enlarged(image: Image.Image, side: int) -> Image.Image:
-    """The picture at `side` pixels: whole multiples pixel by pixel, everything else smoothly."""
+    """The picture at `side` pixels: whole multiples pixel by pixel, everything else smoothly; on paper where it is no square."""
+    if image.width != image.height:
+        return ImageOps.pad(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS, _PAPER)
     exact = side % image.width == 0 and image.width < side
     return image.convert("RGB").resize((side, side), Image.Resampling.NEAREST if exact else Image.Resampling.LANCZOS)
 

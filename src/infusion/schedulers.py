@@ -1,0 +1,43 @@
+"""The schedulers that users know by name, made for a base from its own scheduler's configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+
+from infusion.errors import InfusionError
+from infusion.lesson import check_noise
+
+SCHEDULERS: dict[str, Any] = {
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler-a": EulerAncestralDiscreteScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "lcm": LCMScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+
+
+def check_scheduler(name: str) -> None:
+    """Raise InfusionError for a name that is none of `SCHEDULERS`."""
+    if name not in SCHEDULERS:
+        raise InfusionError(f"{name!r} is no scheduler known here; use one of {', '.join(SCHEDULERS)}.")
+
+
+def scheduler_for(pipe: DiffusionPipeline, name: str) -> SchedulerMixin:
+    """The scheduler of that name with the noise of the pipeline's own. Raises InfusionError for an unknown name, and for a base whose noise
+    is not Stable Diffusion's."""
+    check_scheduler(name)
+    check_noise(pipe)
+    # Where a base does not say it: some clip to [-1, 1] by default, as suits pixels and ruins latents.
+    return SCHEDULERS[name].from_config({"clip_sample": False, **pipe.scheduler.config})

@@ -1,0 +1,92 @@
+"""Drawing: the pictures' size, schedulers by their names, and what cannot be drawn so."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from diffusers import EDMEulerScheduler, PNDMScheduler
+from PIL import Image
+
+import infusion
+from infusion.base import load_base
+from infusion.errors import InfusionError
+from infusion.generation import default_batch, generate
+from infusion.schedulers import SCHEDULERS, scheduler_for
+from infusion.sheets import square_grid
+from tests.conftest import latents, random_concept
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base(device="cpu")
+
+
+def pixels(picture) -> np.ndarray:
+    return np.asarray(picture.image, np.float64) / 255
+
+
+def test_pictures_of_another_size(base):
+    own, wide = (generate(base, ["a dog"], [0], 1, **size)[0].image.size for size in ({}, {"width": 96}))
+    assert (own, wide) == ((64, 64), (96, 64))
+    concept = random_concept(base.unet)
+    with infusion.attach(base, concept):
+        (named,) = generate(base, ["a <milo>"], [0], 2, width=72, height=40)
+    (plain,) = generate(base, ["a dog"], [0], 2, width=72, height=40)
+    assert named.image.size == plain.image.size == (72, 40)
+    assert not np.array_equal(pixels(named), pixels(plain))
+
+
+@pytest.mark.parametrize("value", [0, -8, 4, 60, 100])
+def test_sides_that_the_base_does_not_draw(base, value):
+    remedy = {60: "give 56 or 64", 100: "give 96 or 104"}.get(value, "give 8 or 16")
+    with pytest.raises(
+        InfusionError, match=rf"height is {value}; this base draws multiples of 8 pixels, so {remedy}\."
+    ):
+        generate(base, ["a dog"], [0], 1, height=value)
+
+
+def test_fewer_large_pictures_are_drawn_at_a_time(base):
+    assert [default_batch(base, size) for size in (None, (64, 64), (512, 512))] == [16, 16, 1]
+    assert default_batch(base, (256, 128)) == 8
+
+
+def test_a_wide_picture_keeps_its_shape_on_a_sheet():
+    sheet = np.asarray(square_grid([Image.new("RGB", (80, 40), "red")], cell=128))
+    red = (sheet == (255, 0, 0)).all(-1)
+    assert red.any(1).sum() * 2 == red.any(0).sum() == 128
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_draws_with_concepts(pipe, name):
+    pipe.scheduler = scheduler_for(pipe, name)
+    assert type(pipe.scheduler) is SCHEDULERS[name]
+    assert pipe.scheduler.config["beta_schedule"] == "scaled_linear"
+    assert all(len(generate(pipe, ["a dog"], [0], steps)) == 1 for steps in (1, 3))
+    with infusion.attach(pipe, random_concept(pipe.unet)):
+        assert not latents(pipe, "a <milo>").equal(latents(pipe, "a dog"))
+
+
+def test_solvers_of_one_equation_draw_one_picture(base, monkeypatch):
+    """Those without noise of their own, also where the base's configuration does not say that latents are not clipped."""
+
+    def drawn(seed):
+        return pixels(generate(base, ["a dog on the beach"], [seed], 40)[0])
+
+    own = base.scheduler
+    silent = {k: v for k, v in own.config.items() if k != "clip_sample"}
+    expected, other = drawn(0), np.abs(drawn(0) - drawn(1)).mean()
+    for name in ("ddim", "euler", "dpm++", "unipc"):
+        monkeypatch.setattr(base, "scheduler", PNDMScheduler.from_config(silent))
+        monkeypatch.setattr(base, "scheduler", scheduler_for(base, name))
+        assert np.abs(drawn(0) - expected).mean() < other / 5, name
+
+
+def test_what_schedulers_are_refused(pipe):
+    with pytest.raises(InfusionError, match=r"'heun' is no scheduler known here; use one of ddim, euler, .*unipc\."):
+        scheduler_for(pipe, "heun")
+    pipe.scheduler = scheduler_for(pipe, "lcm")
+    with pytest.raises(InfusionError, match=r"steps is 51; this base's scheduler has 50 timesteps, .* usually 4 to 8"):
+        generate(pipe, ["a dog"], [0], 51)
+    pipe.scheduler = EDMEulerScheduler()
+    with pytest.raises(InfusionError, match="draws with EDMEulerScheduler"):
+        scheduler_for(pipe, "ddim")
