@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from infusion.base import load_base
@@ -20,6 +21,7 @@ from infusion.cli import main
 from infusion.concept import Concept, summary
 from infusion.demo import MILO, _claim, draw_photos
 from tests.conftest import random_concept
+from tests.pretend import pretend
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +172,7 @@ def test_bad_input_to_train(run, photos, tmp_path, args, message):
         (("a <milo>", "--steps", "2000"), "steps is 2000; this base's scheduler has 1,000 timesteps"),
         (("a <milo>", "--seed", str(2**63)), "it must be a whole number of 64 bits"),
         (("a <milo>", "--width", "60"), "width is 60; this base draws multiples of 8 pixels"),
+        (("a <milo>", "--device", "cpu", "--offload"), "the device is the CPU itself; leave it out"),
         (("a <milo>", "--scheduler", "heun"), "'heun' is no scheduler known here; use one of ddim"),
     ],
 )
@@ -202,12 +205,37 @@ def test_evaluate(run, photos, tmp_path):
     for args, message in (
         (("--adapter", tmp_path / "none"), "There is no file"),
         (("--adapter", concept, "--seeds", 1), "seeds is 1"),
+        (("--adapter", concept, "--device", "cpu", "--offload"), "the device is the CPU itself"),
         (("--adapter", concept, "--subject", "a dog"), "does not hold '<milo>'"),
         (("--adapter", concept, "--word", "cat"), "learned as a 'dog', the word given is 'cat'"),
         (("--adapter", concept, "--photos", tmp_path / "none"), "There is no folder"),
     ):
         code, said = run("evaluate", *common, *args)
         assert (code, message in said) == (2, True), said
+
+
+def test_drawing_offloaded(run, tmp_path, monkeypatch):
+    path = random_concept(load_base(device="cpu").unet, scale=0.1).save(tmp_path / "milo.safetensors")
+    common = ("generate", "a <milo>", "--concept", path, "--steps", 2, "--count", 2)
+    assert run(*common, "-o", tmp_path / "here", "--device", "cpu")[0] == 0
+    tiled = []
+    monkeypatch.setattr(AutoencoderKL, "tiled_decode", _counted(AutoencoderKL.tiled_decode, tiled))
+    with pretend() as device:
+        code, said = run(*common, "-o", tmp_path / "there", "--device", device, "--offload")
+        assert (code, tiled) == (0, []), said
+        code, said = run(*common, "-o", tmp_path / "wide", "--device", device, "--offload", "--width", 128)
+        assert (code, len(tiled)) == (0, 2), said  # picture by picture
+    for file in (tmp_path / "here").glob("0*.png"):
+        ours, theirs = (np.asarray(Image.open(tmp_path / folder / file.name), int) for folder in ("here", "there"))
+        assert np.abs(ours - theirs).max() <= 2
+
+
+def _counted(method, calls):
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return method(*args, **kwargs)
+
+    return counted
 
 
 def test_a_name_without_any_concept(run, tmp_path):

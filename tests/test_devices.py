@@ -10,14 +10,19 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from diffusers.pipelines import pipeline_utils
 from PIL import Image
 
 import infusion
+from infusion.adapters import load_adapter
 from infusion.diagnosis import layer_maps, validation_loss
 from infusion.evaluation import EvaluateConfig, evaluate
+from infusion.generation import generate
 from infusion.lesson import prepare_lesson
 from infusion.methods import METHODS
 from infusion.methods.infusion import ConceptAdapter
+from infusion.methods.interface import rebuilt
+from infusion.offloading import offload, offloaded
 from infusion.photos import Photo
 from infusion.training import LearnConfig
 from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, train_autoencoder
@@ -33,6 +38,7 @@ from infusion.world.tokenizer import build_tokenizer
 from infusion.world.twins import build_families, load_families
 from tests.conftest import latents, random_concept
 from tests.pretend import PretendTensor, pretend
+from tests.test_adapters import embedding, lora, tuned_unet
 
 
 @pytest.fixture
@@ -87,6 +93,60 @@ def test_a_unet_on_a_device_of_its_own(pipe):
         with infusion.attach(pipe, milo):
             drawn = latents(pipe, "a <milo> here")
     assert torch.allclose(drawn.cpu(), expected, atol=1e-4)
+
+
+def folder(pipe, tmp_path):
+    rebuilt(pipe, unet=tuned_unet(pipe)).save_pretrained(tmp_path / "tuned")
+    return None, tmp_path / "tuned"
+
+
+def test_offloaded_parts_are_there_only_while_they_work(pipe):
+    milo = random_concept(pipe.unet)
+    with infusion.attach(pipe, milo):
+        expected = [latents(pipe, "a <milo>", num_inference_steps=steps) for steps in (2, 3)]
+    there = lambda: [name for name in ("text_encoder", "unet", "vae") if getattr(pipe, name).device.type != "cpu"]  # noqa: E731
+    seen = []
+    with pretend(doubles=False) as device:
+        offload(pipe, device)
+        assert offloaded(pipe) == torch.device(device)
+        pipe.unet.conv_in.register_forward_hook(lambda *_: seen.append(there()))
+        sibling = rebuilt(pipe)
+        with infusion.attach(pipe, milo):
+            for drawing, steps, whole in ((pipe, 2, expected[0]), (sibling, 3, expected[1])):
+                drawn = latents(drawing, "a <milo>", num_inference_steps=steps)
+                assert isinstance(drawn, PretendTensor)
+                assert torch.allclose(drawn.cpu(), whole, atol=1e-4)
+                assert there() == []
+            generate(sibling, ["a <milo>"], [0], 1)
+            generate(sibling, ["a <milo>"], [0], 1)
+    assert seen == [["unet"]] * 7
+
+
+@pytest.mark.parametrize("make", [lora, embedding, folder, None])
+def test_an_evaluation_of_an_offloaded_base(pipe, photos, tmp_path, monkeypatch, make):
+    monkeypatch.setattr(pipeline_utils, "get_device", lambda: "pretend")  # which diffusers asks after loading a LoRA
+    adapter = (
+        load_adapter(make(pipe, tmp_path)[1], "dog") if make else ConceptAdapter("<milo>", random_concept(pipe.unet))
+    )
+    config = EvaluateConfig(
+        ("a photo of {} on the beach", "{} in the snow"), ("a cat",), seeds=2, other_seeds=2, steps=2, dimensions=2
+    )
+    expected = evaluate(pipe, adapter, photos, "dog", config)
+    with pretend(doubles=False) as device:
+        offload(pipe, device)
+        seen = []
+        for part in (pipe.unet, pipe.text_encoder, pipe.vae.decoder):
+            next(m for m in part.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)).register_forward_hook(
+                lambda module, *_: seen.append(module.weight.device.type)
+            )
+        found = evaluate(pipe, adapter, photos, "dog", config)
+    assert set(seen) == {"pretend"}
+    assert found.figures.forgetting.eps.value == pytest.approx(
+        expected.figures.forgetting.eps.value, rel=1e-3, abs=1e-6
+    )
+    assert found.figures.variety.value == pytest.approx(expected.figures.variety.value, rel=1e-3)
+    for ours, theirs in zip(found.custom, expected.custom, strict=True):
+        assert np.abs(np.asarray(ours.image, int) - np.asarray(theirs.image, int)).max() <= 2
 
 
 @pytest.mark.parametrize("method", METHODS)

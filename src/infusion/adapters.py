@@ -23,6 +23,7 @@ from infusion.methods.infusion import ConceptAdapter
 from infusion.methods.interface import Adapter, rebuilt
 from infusion.methods.lora import loaded_lora
 from infusion.methods.textual_inversion import with_word
+from infusion.offloading import offloaded
 from infusion.streams import execution_device, require_unet
 
 
@@ -131,7 +132,8 @@ class PipelineFolder:
     @contextmanager
     def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
         """The folder's pipeline with the base's scheduler. Raises InfusionError for pictures of another size."""
-        custom = load_base(self.path, str(execution_device(pipe)), pipe.unet.dtype, self.prediction)
+        device, offload = str(execution_device(pipe)), offloaded(pipe) is not None
+        custom = load_base(self.path, device, pipe.unet.dtype, self.prediction, offload)
         for what, here, there in zip(_MATCHING, _properties(pipe), _properties(custom), strict=True):
             if here != there:
                 raise InfusionError(

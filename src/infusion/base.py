@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from infusion.errors import InfusionError
 from infusion.families import FAMILIES, Config, family_of, write_configuration
+from infusion.offloading import check_offload
+from infusion.offloading import offload as keep_offloaded
 from infusion.streams import require_unet
 
 EMBEDDED = "embedded"
@@ -24,13 +26,14 @@ def load_base(
     device: str | None = None,
     dtype: str | torch.dtype = torch.float32,
     prediction: str | None = None,
+    offload: bool = False,
 ) -> DiffusionPipeline:
     """A stock diffusers pipeline, ready for `learn` and `attach`.
 
     base: "embedded" (the project's own small world), a diffusers folder, a .safetensors checkpoint in the
     community's single-file layout, or a hub id. device: "cpu", "cuda", "mps"; None takes the best there is.
     dtype: a torch dtype or its name. prediction: "epsilon" or "v_prediction", what the UNet predicts, where a checkpoint does not say it or
-    says it wrongly.
+    says it wrongly. offload: keep the parts on the CPU, so that the device holds one at a time, while it works.
 
     Raises InfusionError for a base that cannot be found or read, or has no cross-attention UNet.
     """
@@ -42,14 +45,20 @@ def load_base(
         torch.device(device)
     except RuntimeError:
         raise InfusionError(f"{device!r} is no device; use cpu, cuda, cuda:1 or mps.") from None
+    if offload:
+        check_offload(device)
     pipe = _load_embedded() if str(base) == EMBEDDED else _load_other(str(base), dtype, prediction)
     require_unet(pipe)
     if prediction:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
     try:
-        pipe = pipe.to(device)
         if pipe.unet.dtype != dtype:
             pipe = pipe.to(dtype)
+        if offload:
+            torch.empty(0, device=device)  # an unusable one is told now, not when the first part is moved there
+            keep_offloaded(pipe, device)
+        else:
+            pipe = pipe.to(device)
     except torch.OutOfMemoryError:  # a RuntimeError, but the device is there; cli.py says what helps
         raise
     except (RuntimeError, AssertionError) as error:

@@ -41,6 +41,10 @@ Prediction = Annotated[
     str | None,
     typer.Option(help="epsilon or v_prediction, where a checkpoint does not say what it predicts or says it wrongly."),
 ]
+Offload = Annotated[
+    bool,
+    typer.Option("--offload", help="Less memory, slower: the device holds one part of the base at a time."),
+]
 Together = Annotated[
     int | None,
     typer.Option("--batch", min=1, help="Pictures drawn at a time; by default as many as suit the base's size."),
@@ -235,6 +239,7 @@ def generate(
         ),
     ] = False,
     batch: Together = None,
+    offload: Offload = False,
     device: Device = None,
     dtype: DType = "fp32",
     prediction: Prediction = None,
@@ -243,6 +248,7 @@ def generate(
     with progress("Loading the base model") as told:
         from infusion.base import load_base
         from infusion.generation import drawing, free, save_pictures
+        from infusion.offloading import in_parts
         from infusion.pipelines import attach, encode
         from infusion.schedulers import check_scheduler, scheduler_for
         from infusion.sheets import square_grid
@@ -253,7 +259,9 @@ def generate(
         if scheduler:
             check_scheduler(scheduler)
         writable(out / "contact-sheet.png")
-        pipe = load_base(base, device, dtype, prediction)
+        pipe = load_base(base, device, dtype, prediction, offload)
+        if offload:
+            in_parts(pipe, tiles=True)
         if scheduler:
             pipe.scheduler = scheduler_for(pipe, scheduler)
         known = pipe.tokenizer.get_vocab()
@@ -312,6 +320,7 @@ def evaluate(
         bool, typer.Option(help="Keep the base's own pictures in ~/.cache/infusion for the next evaluation.")
     ] = True,
     batch: Together = None,
+    offload: Offload = False,
     device: Device = None,
     dtype: DType = "fp32",
     prediction: Prediction = None,
@@ -325,6 +334,7 @@ def evaluate(
         from infusion.evaluation import evaluate as measure
         from infusion.evaluation_report import write_report
         from infusion.features import load_features, load_lpips
+        from infusion.offloading import in_parts
         from infusion.photos import load_photos
         from infusion.steering import read_checkups
         from infusion.streams import execution_device
@@ -338,7 +348,9 @@ def evaluate(
         known_word(base, word)
         asked = "" if subject else " (no --subject was given; a LoRA's trigger word goes there)"
         say.print(f"Prompts call it {loaded.subject!r}{asked}.")
-        pipe = load_base(base, device, dtype, prediction)
+        pipe = load_base(base, device, dtype, prediction, offload)
+        if offload:  # no tiles: what is measured should not depend on it
+            in_parts(pipe, tiles=False)
         for space in spaces:
             space.model.to(execution_device(pipe))
         if distance:
@@ -390,7 +402,7 @@ def main() -> None:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             say.print(
-                "Error: the device's memory is full; draw fewer pictures or learn from fewer samples at a time with --batch, learn with --checkpointing, or use --dtype bf16.",
+                "Error: the device's memory is full; draw fewer pictures or learn from fewer samples at a time with --batch, learn with --checkpointing, draw and measure with --offload, or use --dtype bf16.",
                 style="red",
                 soft_wrap=True,
             )

@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from infusion.errors import InfusionError
+from infusion.offloading import offload, offloaded
 from infusion.streams import require_unet
 
 
@@ -96,9 +97,11 @@ def below(max_timestep: int | None, unet: nn.Module, base: Callable[..., Any]) -
 
 
 def rebuilt(pipe: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
-    """A pipeline like `pipe` with other components; everything else is shared, and keeps its dtype."""
+    """A pipeline like `pipe` with other components; everything else is shared, and keeps its dtype. Offloaded where `pipe` is."""
     accepted = inspect.signature(type(pipe).__init__).parameters
     settings = {k: v for k, v in pipe.config.items() if k in accepted and k not in pipe.components}
     other = type(pipe)(**{**pipe.components, **settings, **components})
     other.set_progress_bar_config(disable=True)
+    if device := offloaded(pipe):  # else the first part that works would stay on it
+        offload(other, device)
     return other

@@ -20,6 +20,7 @@ from infusion.lesson import Lesson
 from infusion.methods.dreambooth import denoising_loss
 from infusion.methods.interface import MethodState, check_precision, rebuilt
 from infusion.methods.tokens import NewWord
+from infusion.offloading import offload, offloaded
 from infusion.streams import frozen, require_unet
 
 
@@ -64,6 +65,8 @@ def with_word(pipe: DiffusionPipeline, token: str, embedding: Tensor) -> Diffusi
     parts = {name: copy.deepcopy(getattr(pipe, name)) for name in ("tokenizer", "text_encoder")}
     custom = rebuilt(pipe, **parts)
     custom.load_textual_inversion({token: embedding}, token=token)
+    if device := offloaded(pipe):  # diffusers takes the place where the text encoder lies for the one where it works
+        offload(custom, device)
     return custom
 
 
