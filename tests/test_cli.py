@@ -20,6 +20,7 @@ from infusion.base import load_base
 from infusion.cli import main
 from infusion.concept import Concept, summary
 from infusion.demo import MILO, _claim, draw_photos
+from infusion.training import masked_loss
 from tests.conftest import random_concept
 from tests.pretend import pretend
 
@@ -228,6 +229,31 @@ def test_drawing_offloaded(run, tmp_path, monkeypatch):
     for file in (tmp_path / "here").glob("0*.png"):
         ours, theirs = (np.asarray(Image.open(tmp_path / folder / file.name), int) for folder in ("here", "there"))
         assert np.abs(ours - theirs).max() <= 2
+
+
+def test_a_device_holds_the_unet_alone_while_it_learns(run, photos, tmp_path, monkeypatch):
+    there, loaded = [], []
+
+    def load(*args, **kwargs):
+        loaded.append(load_base(*args, **kwargs))
+        return loaded[-1]
+
+    def loss(*args):
+        parts = {n: p.device.type for n, p in loaded[-1].components.items() if isinstance(p, torch.nn.Module)}
+        there.append({name for name, where in parts.items() if where == "pretend"})
+        return masked_loss(*args)
+
+    monkeypatch.setattr("infusion.base.load_base", load)
+    monkeypatch.setattr("infusion.training.masked_loss", loss)
+    common = ("train", "--photos", photos, "--word", "dog", "--name", "milo", "--steps", 2, "--batch", 2)
+    with pretend() as device:
+        code, said = run(*common, "-o", tmp_path / "there.safetensors", "--device", device)
+        assert code == 0, said
+    assert there == [{"unet"}] * 2
+    code, said = run(*common, "-o", tmp_path / "here.safetensors", "--device", "cpu")
+    assert code == 0, said
+    here, there = (Concept.load(tmp_path / f"{name}.safetensors").residuals for name in ("here", "there"))
+    assert all(torch.allclose(there[path], learned, atol=1e-2) for path, learned in here.items())
 
 
 def _counted(method, calls):

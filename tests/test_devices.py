@@ -21,9 +21,11 @@ from infusion.generation import generate
 from infusion.lesson import prepare_lesson
 from infusion.methods import METHODS
 from infusion.methods.infusion import ConceptAdapter
+from infusion.methods.infusion import infusion as infusion_method
 from infusion.methods.interface import rebuilt
-from infusion.offloading import offload, offloaded
+from infusion.offloading import offload, offloaded, take_back
 from infusion.photos import Photo
+from infusion.steering import SteerConfig, steered
 from infusion.training import LearnConfig
 from infusion.world.autoencoder import AutoencoderConfig, encode_dataset, train_autoencoder
 from infusion.world.base_training import PretrainConfig, train_base
@@ -122,31 +124,44 @@ def test_offloaded_parts_are_there_only_while_they_work(pipe):
     assert seen == [["unet"]] * 7
 
 
-@pytest.mark.parametrize("make", [lora, embedding, folder, None])
-def test_an_evaluation_of_an_offloaded_base(pipe, photos, tmp_path, monkeypatch, make):
+def test_a_watched_training_of_an_offloaded_base(pipe, photos, monkeypatch):
+    nothing = SimpleNamespace(eps=SimpleNamespace(value=0.0))
+    monkeypatch.setattr(
+        "infusion.steering.forgetting", lambda *_: [nothing]
+    )  # by the UNet and the text encoder, at length
+    steer = SteerConfig(every=2, stop=False, prompts=("{} in the snow",), positioned=("{} on the left",), steps=1)
+    there = []
+
+    def states():
+        for state in infusion_method(pipe, lesson, LearnConfig(steps=3, batch=2)):
+            there.append({n for n in ("text_encoder", "unet", "vae") if getattr(pipe, n).device.type == "pretend"})
+            yield state
+
+    with pretend() as device:
+        offload(pipe, device)
+        lesson = prepare_lesson(pipe, photos, "dog", "milo")
+        take_back(pipe)
+        looks = [now.checkup.step for now in steered(pipe, states(), lesson, steer) if now.checkup]
+    assert looks == [2, 3]
+    assert there == [{"unet"}] * 3
+
+
+@pytest.mark.parametrize("make", [lora, embedding, folder])
+def test_what_others_trained_on_an_offloaded_base(pipe, tmp_path, monkeypatch, make):
     monkeypatch.setattr(pipeline_utils, "get_device", lambda: "pretend")  # which diffusers asks after loading a LoRA
-    adapter = (
-        load_adapter(make(pipe, tmp_path)[1], "dog") if make else ConceptAdapter("<milo>", random_concept(pipe.unet))
-    )
-    config = EvaluateConfig(
-        ("a photo of {} on the beach", "{} in the snow"), ("a cat",), seeds=2, other_seeds=2, steps=2, dimensions=2
-    )
-    expected = evaluate(pipe, adapter, photos, "dog", config)
+    adapter = load_adapter(make(pipe, tmp_path)[1], "dog")
+    prompt = f"{adapter.subject} here"
+    with adapter.attached(rebuilt(pipe)) as custom:
+        expected = latents(custom, prompt)
     with pretend(doubles=False) as device:
         offload(pipe, device)
-        seen = []
-        for part in (pipe.unet, pipe.text_encoder, pipe.vae.decoder):
-            next(m for m in part.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)).register_forward_hook(
-                lambda module, *_: seen.append(module.weight.device.type)
-            )
-        found = evaluate(pipe, adapter, photos, "dog", config)
-    assert set(seen) == {"pretend"}
-    assert found.figures.forgetting.eps.value == pytest.approx(
-        expected.figures.forgetting.eps.value, rel=1e-3, abs=1e-6
-    )
-    assert found.figures.variety.value == pytest.approx(expected.figures.variety.value, rel=1e-3)
-    for ours, theirs in zip(found.custom, expected.custom, strict=True):
-        assert np.abs(np.asarray(ours.image, int) - np.asarray(theirs.image, int)).max() <= 2
+        with adapter.attached(rebuilt(pipe)) as custom:
+            drawn = latents(custom, prompt)
+            assert isinstance(drawn, PretendTensor)
+            assert {p.device.type for p in custom.components.values() if isinstance(p, torch.nn.Module)} == {"cpu"}
+        again = latents(pipe, prompt)
+    assert torch.allclose(drawn.cpu(), expected, atol=1e-4)
+    assert not torch.allclose(again.cpu(), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -124,11 +124,12 @@ def train(
     """Learn a concept from a folder of photos. Ctrl-C, and any error on the way, keep what was learned so far. A concept that -o names is
     replaced with what lies beside it, another file never."""
     with progress("Loading the base model") as told:
-        from infusion.base import load_base
+        from infusion.base import best_device, load_base
         from infusion.concept import Concept, refuse_others
         from infusion.generation import free
         from infusion.lesson import mask_overlays, prepare_lesson
         from infusion.methods.infusion import infusion
+        from infusion.offloading import has_own_memory, take_back
         from infusion.photos import OVERLAYS, load_photos
         from infusion.sheets import contact_sheet
         from infusion.steering import SteerConfig, steered, write_checkups
@@ -150,13 +151,15 @@ def train(
         writable(out)
         refuse_others(out)
         known_word(base, word)
-        pipe = load_base(base, device, dtype, prediction)
+        # Text encoders and autoencoder make the lesson and draw what is looked at; the memory in between is the learning UNet's.
+        pipe = load_base(base, device, dtype, prediction, offload=has_own_memory(device or best_device()))
         if checkpointing:
             pipe.unet.enable_gradient_checkpointing()
         now, checkups, failed, shown = None, [], None, None
         try:
             told("Encoding the photos", 0, 0)
             lesson = prepare_lesson(pipe, pictures, word, name, flip=flip, masked=mask)
+            take_back(pipe)
             shown = contact_sheet([lesson.pictures, mask_overlays(lesson)]) if mask else None
             for now in steered(pipe, infusion(pipe, lesson, config), lesson, steer, told):
                 told(f"Learning <{name}>", now.state.step, now.state.steps, f"loss {now.state.loss:.4f}")

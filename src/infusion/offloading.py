@@ -16,15 +16,26 @@ def check_offload(device: str) -> None:
         )
 
 
+def has_own_memory(device: str) -> bool:
+    """Whether what leaves the device makes room there; Apple's GPUs share the CPU's memory."""
+    return device.partition(":")[0] not in ("cpu", "mps")
+
+
 def offload(pipe: DiffusionPipeline, device: str | torch.device) -> None:
-    """Keep the parts on the CPU; `device` holds one while it works. A call's end takes all back, as does `pipe.maybe_free_model_hooks()`
-    where parts worked without a call."""
+    """Keep the parts on the CPU; `device` holds one while it works. A call's end takes all back; where parts worked without a call,
+    `take_back` does."""
     pipe.enable_model_cpu_offload(device=device)
 
 
 def offloaded(pipe: DiffusionPipeline) -> torch.device | None:
     """The device that the parts go to while they work; None for a pipeline that is not offloaded so."""
     return pipe._offload_device if getattr(pipe, "_all_hooks", None) else None
+
+
+def take_back(pipe: DiffusionPipeline) -> None:
+    """Take every part of an offloaded pipeline back to the CPU; others stay as they are."""
+    if offloaded(pipe):
+        pipe.maybe_free_model_hooks()
 
 
 def in_parts(pipe: DiffusionPipeline, tiles: bool) -> None:

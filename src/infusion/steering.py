@@ -33,6 +33,7 @@ from infusion.lesson import Lesson, attention_masks, encode_pictures
 from infusion.methods.interface import Adapter, MethodState, rebuilt
 from infusion.metrics.estimate import Estimate, rate
 from infusion.metrics.similarity import centroids, cosines, spread
+from infusion.offloading import take_back
 from infusion.streams import require_unet
 
 QUANTILE = 0.9  # of the base's own likeness to the photos; above it lies a repeat
@@ -208,6 +209,7 @@ class _Watch:
         pictures = generate(self.pipe, others * 2, seeds, config.steps, config.guidance_scale)
         latents = encode_pictures(pipe, [p.image for p in pictures])
         self.others = {o: latents[i :: len(others)] for i, o in enumerate(others)}
+        take_back(self.pipe)
 
     def look(self, state: MethodState) -> Checkup:
         adapter: Adapter = state.adapter
@@ -222,6 +224,7 @@ class _Watch:
         divergence = forgetting(self.pipe, adapter, [self.others], self.config.seed)[0].eps.value
         variety, pulled = self._spread(drawn[0]) / base.spread, self._pulled(drawn[0])
         pull = Repeats(rate(pulled), float(pulled.double().mean()) - base.pull) if len(pulled) else None
+        take_back(self.pipe)
         return Checkup(state.step, state.loss, repeats, divergence, variety, pull)
 
     def _reference(self, seed: int) -> _Reference:
