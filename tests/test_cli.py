@@ -20,7 +20,7 @@ from infusion.base import load_base
 from infusion.cli import main
 from infusion.concept import Concept, summary
 from infusion.demo import MILO, _claim, draw_photos
-from infusion.training import masked_loss
+from infusion.training import row_losses
 from tests.conftest import random_concept
 from tests.pretend import pretend
 
@@ -75,7 +75,7 @@ def test_train_then_generate(run, photos, tmp_path):
         assert image.size == (64, 64)
     assert (pictures / "contact-sheet.png").exists()
     beside = ("--photos", photos, "--word", "dog", "--name", "rex", "-o", tmp_path / "rex.safetensors", "--no-mask")
-    code, said = run("train", *beside, "--steps", 1, "--batch", 1, "--max-timestep", 1000)
+    code, said = run("train", *beside, "--steps", 1, "--batch", 2, "--at-once", 1, "--max-timestep", 1000)
     assert code == 0, said
     assert "after 1 steps at rate 0.02 at all timesteps" in said
     assert not (tmp_path / "rex.masks.png").exists()
@@ -241,10 +241,10 @@ def test_a_device_holds_the_unet_alone_while_it_learns(run, photos, tmp_path, mo
     def loss(*args):
         parts = {n: p.device.type for n, p in loaded[-1].components.items() if isinstance(p, torch.nn.Module)}
         there.append({name for name, where in parts.items() if where == "pretend"})
-        return masked_loss(*args)
+        return row_losses(*args)
 
     monkeypatch.setattr("infusion.base.load_base", load)
-    monkeypatch.setattr("infusion.training.masked_loss", loss)
+    monkeypatch.setattr("infusion.training.row_losses", loss)
     common = ("train", "--photos", photos, "--word", "dog", "--name", "milo", "--steps", 2, "--batch", 2)
     with pretend() as device:
         code, said = run(*common, "-o", tmp_path / "there.safetensors", "--device", device)

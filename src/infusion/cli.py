@@ -75,6 +75,13 @@ def train(
     base: Base = EMBEDDED,
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     batch: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
+    at_once: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Samples that the UNet takes at a time: fewer need less memory, and teach the same. By default all on small bases, 4 on Stable Diffusion 1.5, 1 on XL.",
+        ),
+    ] = None,
     learning_rate: Annotated[
         float | None,
         typer.Option(
@@ -161,7 +168,7 @@ def train(
             lesson = prepare_lesson(pipe, pictures, word, name, flip=flip, masked=mask)
             take_back(pipe)
             shown = contact_sheet([lesson.pictures, mask_overlays(lesson)]) if mask else None
-            for now in steered(pipe, infusion(pipe, lesson, config), lesson, steer, told):
+            for now in steered(pipe, infusion(pipe, lesson, config, at_once), lesson, steer, told):
                 told(f"Learning <{name}>", now.state.step, now.state.steps, f"loss {now.state.loss:.4f}")
                 if now.checkup:
                     checkups.append(asdict(now.checkup))
@@ -405,7 +412,7 @@ def main() -> None:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             say.print(
-                "Error: the device's memory is full; draw fewer pictures or learn from fewer samples at a time with --batch, learn with --checkpointing, draw and measure with --offload, or use --dtype bf16.",
+                "Error: the device's memory is full; draw fewer pictures at a time with --batch, learn with --at-once 1 and --checkpointing, draw and measure with --offload, or use --dtype bf16.",
                 style="red",
                 soft_wrap=True,
             )

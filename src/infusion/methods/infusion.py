@@ -39,9 +39,11 @@ class ConceptAdapter:
             yield pipe
 
 
-def infusion(pipe: DiffusionPipeline, lesson: Lesson, config: LearnConfig | None = None) -> Iterator[MethodState]:
+def infusion(
+    pipe: DiffusionPipeline, lesson: Lesson, config: LearnConfig | None = None, at_once: int | None = None
+) -> Iterator[MethodState]:
     """Learn a concept, yielding after every step. See `training.learning`."""
     config = config or LearnConfig()
-    for state in learning(pipe, lesson, lesson.word, lesson.name, config):
+    for state in learning(pipe, lesson, lesson.word, lesson.name, config, at_once):
         adapter = ConceptAdapter(f"a <{lesson.name}>", state.concept, config.two_streams)
         yield MethodState(state.step, state.steps, state.loss, adapter)
