@@ -2,7 +2,7 @@
 
 Learns one subject of the benchmark with Infusion, with a full fine-tune and with a LoRA at rates that overfit, looks every so often without
 stopping, and has the judge read how often the photos' background and place come back at each look, beside the base's own rate.
-Writes stopping.json: what the looks say, and what is true.
+Writes stopping.json: what the looks say, where training would have been stopped and what kept by them, and what is true.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from infusion.world.judge import load_judge
 # Infusion at all timesteps, as published: below its default limit nothing is pulled.
 SETTINGS = {
     "infusion": {"learning_rate": 0.02, "max_timestep": 1000},
-    "dreambooth": {"learning_rate": 3e-4},
+    "dreambooth": {"learning_rate": 1e-3},
     "dreambooth-lora": {"learning_rate": 3e-3},
 }
 
@@ -53,7 +53,19 @@ def watched(name: str, number: int, steps: int, every: int) -> dict:
             above = {n: r.above for n, r in now.checkup.repeats.items()}
             looks.append({"step": now.state.step, "above": above, "likeness": like, "leaks": leaks})
             print(name, looks[-1], flush=True)
-    return {"method": name, **SETTINGS[name], "subject": number, "looks": looks}
+    return {"method": name, **SETTINGS[name], "subject": number, **outcome(looks, SteerConfig().limit), "looks": looks}
+
+
+def outcome(looks: list[dict], limit: float) -> dict:
+    """What `steering.steered` would have done at these looks: the step at which it stops, None for never, and the one that it keeps, None where
+    no look was within the limit."""
+    kept, before = None, set()
+    for look in looks:
+        beyond = {name for name, above in look["above"].items() if above > limit}
+        if beyond & before:
+            return {"stops": look["step"], "keeps": kept}
+        kept, before = kept if beyond else look["step"], beyond
+    return {"stops": None, "keeps": looks[-1]["step"]}
 
 
 if __name__ == "__main__":

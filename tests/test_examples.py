@@ -73,7 +73,7 @@ def test_format_benchmark():
 @pytest.mark.slow
 def test_gallery(tmp_path):
     script("benchmarks/gallery").main(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"world.png", "base.png", "maps.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {"world.png", "base.png", "maps.png", "autoencoder.png"}
 
 
 @pytest.mark.slow
@@ -84,3 +84,26 @@ def test_real_size(tmp_path):
     assert (result["layers"], result["values"]) == (16, 12_480)
     assert result["file_bytes"] <= 11_264
     assert result["parity_over_max_eps"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("above", "stops", "keeps"),
+    [
+        ([(0.0, 0.0), (0.2, 0.0), (0.0, 0.2), (0.0, 0.0)], None, 100),
+        ([(0.0, 0.0), (0.05, 0.1), (0.2, 0.0), (0.2, 0.0)], 100, 50),
+        ([(0.2, 0.0), (0.2, 0.2)], 50, None),
+    ],
+)
+def test_where_looks_would_stop_a_training(above, stops, keeps):
+    looks = [{"step": 25 * i, "above": {"background": b, "position": p}} for i, (b, p) in enumerate(above, 1)]
+    assert script("benchmarks/stopping").outcome(looks, 0.1) == {"stops": stops, "keeps": keeps}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["infusion", "dreambooth"])
+def test_training_stops_before_what_the_photos_show_comes_back(method):
+    """By the judge, at the step that would be kept: at most 10 points above the base's own rate. Minutes."""
+    found = script("benchmarks/stopping").watched(method, number=0, steps=100, every=25)
+    (kept,) = [look for look in found["looks"] if look["step"] == found["keeps"]]
+    assert kept["leaks"].keys() == {"background", "position"}
+    assert all(leak["here"] - leak["base"] <= 0.1 for leak in kept["leaks"].values())
