@@ -321,6 +321,20 @@ def test_a_concept_that_no_call_carried_is_an_error(pipe, milo):
         pipe.encode_prompt = stock
 
 
+@pytest.mark.parametrize(
+    ("slip", "told"), [("a<rex> there", "reads 'adog'"), ("a (<rex>:1.3) there", "write <rex:1.3>")]
+)
+def test_a_slip_in_a_prompt_is_told_once(xl, slip, told):
+    with infusion.attach(xl, random_concept(xl.unet, "rex")):
+        for given in ({}, {"prompt_2": [slip, "a cat"]}):
+            with pytest.warns(InfusionWarning) as heard:
+                latents(xl, [slip, "a cat"], **given)
+            assert [told in str(w.message) for w in heard] == [True]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            latents(xl, "a <rex:1.3> there")
+
+
 def test_embeddings_by_the_pipelines_own_method_and_of_what_is_detached(pipe, milo, rex):
     with infusion.attach(pipe, milo):
         expected = latents(pipe, "a <milo> here")

@@ -6,7 +6,7 @@ import pytest
 
 from infusion.errors import InfusionError
 from infusion.families import clip_tokenizer
-from infusion.prompts import parse, refuse_in_negative
+from infusion.prompts import parse, refuse_in_negative, slips
 from infusion.world.tokenizer import build_tokenizer
 
 WORDS = {"milo": "dog", "ted": "teddy bear", "axo": "axolotl"}
@@ -107,6 +107,46 @@ def test_conversion_shifts_positions(tokenizer):
     parsed = parse("a star and <milo>", WORDS, tokenizer, convert)
     assert parsed.text == "a star and dog"
     assert parsed.mentions[0].positions == (6,)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ("here is a<milo> on the beach", "'adog'"),
+        ("<milo:0.7>2 balls", "'dog2'"),
+        ("many <milo>s", "'dogs'"),
+        ("<milo><ted>, here", "'dogteddy'"),
+        ("a cat, <ted>2", "'teddy bear2'"),
+        ("a (<milo>:1.3) here", "'(<milo>:1.3)', another program's"),
+        ("(a cat and <axo:0.5> : .8)", "write <axo:.8>."),
+    ],
+)
+def test_slips_are_told(prompt, told):
+    (sentence,) = slips(prompt, WORDS)
+    assert repr(prompt) in sentence
+    assert told in sentence
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<milo>, <ted>'s and (<axo:1.3>)",
+        "a <milo>-shaped hole, pre-<milo>_2",
+        "(a cat:1.3) beside <milo>",
+        "(<milo>)(cat:2)",
+        "a<unknown> and (<unknown>:1.3)",
+        "a dog",
+    ],
+)
+def test_other_prompts_are_no_slips(prompt):
+    assert slips(prompt, WORDS) == []
+
+
+def test_both_slips_in_one_prompt():
+    assert [s.partition(";")[2] for s in slips("a<milo> and (<milo>:2), b<ted>", WORDS)] == [
+        " put a space there.",
+        " write <milo:2>.",
+    ]
 
 
 def test_negative_prompts_have_no_concepts():

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from infusion.concept import Concept
 from infusion.errors import InfusionError, InfusionWarning
 from infusion.fit import check_fits
-from infusion.prompts import Mention, Parsed, parse, refuse_in_negative
+from infusion.prompts import Mention, Parsed, parse, refuse_in_negative, slips
 from infusion.streams import Plan, Rows, Streams, execution_device, require_unet, unwrapped
 
 MAX_CALLS = 16  # kept; a call that broke off leaves its entry
@@ -275,6 +275,9 @@ class _Session:
         if given.get("prompt_embeds") is not None:
             rows = self._rows_of(given["prompt_embeds"])
             return stock(), tuple(row for row in rows for _ in range(copies))
+        for text in dict.fromkeys([*_as_list(given.get("prompt")), *_as_list(given.get("prompt_2"))]):
+            for slip in slips(text, words):
+                warnings.warn(slip, InfusionWarning, stacklevel=4)
         parsed = _parse(pipe, given.get("prompt"), words, "tokenizer")
         parsed_2 = _parse(pipe, given.get("prompt_2") or given.get("prompt"), words, "tokenizer_2")
         if not any(p.mentions for p in (*parsed, *parsed_2)):

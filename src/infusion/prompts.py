@@ -19,6 +19,7 @@ from infusion.errors import InfusionError
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 LORAS = ("lora", "lyco")  # <lora:file:0.8>, as other programs load one from a prompt
 TAG = re.compile(r"<(?P<name>[A-Za-z][A-Za-z0-9_-]*)(?::(?P<strength>[^<>]*))?>")
+WEIGHTED = re.compile(r"\([^()]*:\s*(?P<weight>\d*\.?\d+)\s*\)")  # (a dog:1.3), as other programs weight words
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,50 @@ def parse(
 
 def refuse_in_negative(negative_prompt: str, words: Mapping[str, str]) -> None:
     """Raises InfusionError if a known `<name>` stands in a negative prompt, where it has no meaning."""
-    for tag in TAG.finditer(negative_prompt):
-        if tag["name"] in words:
-            word = words[tag["name"]]
-            raise InfusionError(
-                f"{tag[0]} stands in the negative prompt, where concepts have no effect; write {word!r} there instead."
-            )
+    for tag in _known(negative_prompt, words):
+        word = words[tag["name"]]
+        raise InfusionError(
+            f"{tag[0]} stands in the negative prompt, where concepts have no effect; write {word!r} there instead."
+        )
+
+
+def slips(prompt: str, words: Mapping[str, str]) -> list[str]:
+    """What to tell of a prompt that is read, but hardly as meant: a known `<name>` without a space beside it, which makes one word of
+    two, or one that is weighted as other programs do, a sentence for each."""
+    return [*_glued(prompt, words), *_weighted(prompt, words)]
+
+
+def _glued(prompt: str, words: Mapping[str, str]) -> list[str]:
+    plain, last, spans = "", 0, []
+    for tag in _known(prompt, words):
+        plain += prompt[last : tag.start()]
+        spans.append((len(plain), len(plain) + len(words[tag["name"]])))
+        plain += words[tag["name"]]
+        last = tag.end()
+    plain += prompt[last:]
+    glued = [(a, b) for a, b in spans if plain[max(a - 1, 0) : a].isalnum() or plain[b : b + 1].isalnum()]
+    if not glued:
+        return []
+    a, b = glued[0]
+    read = plain[plain.rfind(" ", 0, a) + 1 : b] + plain[b:].partition(" ")[0]
+    return [
+        f"The prompt {prompt!r} has a concept without a space beside it, so the base reads {read!r}; put a space there."
+    ]
+
+
+def _weighted(prompt: str, words: Mapping[str, str]) -> list[str]:
+    found = [(w, tag["name"]) for w in WEIGHTED.finditer(prompt) for tag in _known(w[0], words)]
+    if not found:
+        return []
+    weighted, name = found[0]
+    return [
+        f"The prompt {prompt!r} holds {weighted[0]!r}, another program's way to weight words, which the base reads as it is written; "
+        f"write <{name}:{weighted['weight']}>."
+    ]
+
+
+def _known(text: str, words: Mapping[str, str]) -> list[re.Match[str]]:
+    return [tag for tag in TAG.finditer(text) if tag["name"] in words]
 
 
 def _locate(
