@@ -367,6 +367,33 @@ def test_a_copy_of_embeddings_is_drawn_without_the_concept_and_said_so(pipe, mil
             latents(pipe, None, **{name: s[:1] for name, s in two.items()})
 
 
+def test_embeddings_made_elsewhere_are_told_of(pipe, milo, rex):
+    """They carry no concept, whatever they were made from."""
+    other = pipe.encode_prompt("a cat here", "cpu", 1, True)[0]
+    with infusion.attach(pipe, milo, rex):
+        encoded = infusion.encode(pipe, ["a cat here", "a <milo> here"], negative_prompt=["a dog", "a cat"])
+        negative = {"negative_prompt_embeds": encoded["negative_prompt_embeds"][:1]}
+        for strange in (other * 0.9, torch.cat([other, other], 1) * 0.9):
+            with pytest.warns(InfusionWarning) as heard:
+                latents(pipe, None, prompt_embeds=strange, negative_prompt_embeds=strange.flip(1))
+            (said,) = heard
+            assert "made elsewhere and carry no concept, so they are drawn without <milo> and <rex>" in str(
+                said.message
+            )
+            assert "infusion.encode(pipe, prompt)" in str(said.message)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            latents(pipe, None, **encoded, generator=None)
+            latents(pipe, None, prompt_embeds=encoded["prompt_embeds"][:1].clone(), **negative)  # its cat alone
+            latents(pipe, None, prompt_embeds=other.clone(), **negative)  # the same cat
+            latents(pipe, "a <milo> here", negative_prompt_embeds=other * 0.9)
+            latents(pipe, "a cat here", negative_prompt_embeds=other * 0.9)
+            latents(pipe, None, prompt_embeds=pipe.encode_prompt("a cat", "cpu", 1, False)[0], guidance_scale=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        latents(pipe, None, prompt_embeds=other * 0.9, **negative)  # nothing is attached
+
+
 def test_embeddings_outlive_the_attachment_that_encoded_them(pipe, milo):
     with infusion.attach(pipe, milo):
         states, expected = infusion.encode(pipe, "a <milo> here"), latents(pipe, "a <milo> here")

@@ -15,13 +15,13 @@ import inspect
 import math
 import threading
 import warnings
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from infusion.concept import Concept
 from infusion.errors import InfusionError, InfusionWarning
@@ -66,7 +66,7 @@ def encode(pipe: DiffusionPipeline, prompt: str | list[str], **kwargs: Any) -> d
             pipe(**states).images
 
     Further arguments are those of the pipeline's `encode_prompt`. Returns the keyword arguments for the
-    pipeline's call. The tensors are recognized by identity: pass them on as they are; a copy is drawn without the concept, with a warning.
+    pipeline's call. The tensors are recognized by identity: pass them on as they are; a copy, and what was made elsewhere, is drawn without a concept, with a warning.
     """
     session = _Session.open.get(id(require_unet(pipe)))
     if session is None:
@@ -144,9 +144,7 @@ class _Session:
     open: ClassVar[dict[int, _Session]] = {}  # id of the UNet -> its session, as long as something is attached
     encoding: ClassVar = threading.RLock()  # pipelines share tokenizers, which hold state while they work
     # What was encoded, where concepts stand in it and for which class words, by UNet: known in later sessions too, as long as the states are alive.
-    encoded: ClassVar[WeakKeyDictionary[nn.Module, list[tuple[weakref.ref[Tensor], Rows, dict[str, str]]]]] = (
-        WeakKeyDictionary()
-    )
+    encoded: ClassVar[WeakKeyDictionary[nn.Module, WeakTensorKeyDictionary]] = WeakKeyDictionary()
 
     def __init__(self, unet: nn.Module) -> None:
         self.unet = unet
@@ -255,8 +253,8 @@ class _Session:
         result, rows = self._encoded(pipe, call, stock)
         given = call.arguments
         if given.get("prompt_embeds") is None and isinstance(result[0], Tensor):
-            alive = [e for e in self.encoded.get(self.unet, []) if e[0]() is not None]
-            self.encoded[self.unet] = [*alive, (weakref.ref(result[0]), rows, self._words())]
+            known = self.encoded.setdefault(self.unet, WeakTensorKeyDictionary())
+            known[result[0]] = (rows, self._words())
         if isinstance(result[0], Tensor):  # a call without a concept has a plan too: it may run inside one that has
             carried = tuple(self._weighted(row) for row in rows) or ((),) * len(result[0])
             self.begun(Plan(carried, result[0], given.get("do_classifier_free_guidance"), pipe))
@@ -294,14 +292,13 @@ class _Session:
     def _rows_of(self, states: Tensor) -> Rows:
         """The rows of states that were encoded here; others carry no concept. Raises InfusionError for one that is detached by now, or another
         of that name."""
-        known = self.encoded.get(self.unet, [])
-        alive = [(ours, rows, words) for ref, rows, words in known if (ours := ref()) is not None]
-        found = next(((rows, words) for ours, rows, words in alive if ours is states), None)
-        if found is None:
-            _warn_of_copies([(ours, rows) for ours, rows, _ in alive if any(rows)], states)
+        known, attached = self.encoded.get(self.unet, {}), self._words()
+        if states not in known:
+            said = _without(states, [(ours, rows) for ours, (rows, _) in known.items()], attached)
+            if said:
+                warnings.warn(said, InfusionWarning, stacklevel=5)
             return ()
-        rows, words = found
-        attached = self._words()
+        rows, words = known[states]
         for name in sorted({m.name for row in rows for m in row}):
             if name not in attached:
                 raise InfusionError(f"prompt_embeds were encoded with <{name}>, which is detached; attach it again.")
@@ -370,22 +367,34 @@ def _watch_new_pipelines(on: bool) -> None:
     DiffusionPipeline.register_modules = _register_and_adopt if on else _stock_register
 
 
-def _warn_of_copies(encoded: Sequence[tuple[Tensor, Rows]], states: Tensor) -> None:
-    """Equal states tell no concept (the class word's own are the same), but may be meant to. Each row counts: copies are also slices of a
+def _without(states: Tensor, encoded: Sequence[tuple[Tensor, Rows]], attached: Iterable[str]) -> str | None:
+    """What to tell of states that are none of those `encoded` here, so that their call is drawn without a concept; None where rows of them
+    are, and carry none.
+
+    Equal states tell no concept (the class word's own are the same), but may be meant to. Each row counts: copies are also slices of a
     batch, batches put together, and longer ones."""
-    for ours, rows in encoded:
-        fits = ours.shape[2:] == states.shape[2:] and ours.shape[1] <= states.shape[1]
-        for row, mentions in zip(ours.to(states) if fits else (), rows, strict=False):
-            if not mentions or not bool((states[:, : len(row)] == row).flatten(1).all(1).any()):
-                continue
-            name = mentions[0].name
-            warnings.warn(
-                f"prompt_embeds hold states encoded with <{name}> but are another tensor, so they are drawn without it; "
-                f"if <{name}> is meant, pass on the very tensors that infusion.encode returned.",
-                InfusionWarning,
-                stacklevel=6,
-            )
-            return
+    copied = [mentions for ours, rows in encoded for mentions in _rows_within(states, ours, rows)]
+    if named := next((mentions[0].name for mentions in copied if mentions), None):
+        return (
+            f"prompt_embeds hold states encoded with <{named}> but are another tensor, so they are drawn without it; "
+            f"if <{named}> is meant, pass on the very tensors that infusion.encode returned."
+        )
+    if copied:
+        return None
+    names = " and ".join(f"<{name}>" for name in attached)
+    return (
+        f"prompt_embeds were made elsewhere and carry no concept, so they are drawn without {names}; "
+        "if one is meant, make them with infusion.encode(pipe, prompt)."
+    )
+
+
+def _rows_within(states: Tensor, ours: Tensor, rows: Rows) -> Rows:
+    """The mentions of those rows of `ours` that begin a row of `states`."""
+    if ours.shape[2:] != states.shape[2:] or ours.shape[1] > states.shape[1]:
+        return ()
+    begin = states[:, : ours.shape[1]]
+    each = zip(ours.to(states), rows or ((),) * len(ours), strict=True)
+    return tuple(mentions for row, mentions in each if bool((begin == row).flatten(1).all(1).any()))
 
 
 def _as_list(prompt: str | Sequence[str] | None) -> list[str]:
