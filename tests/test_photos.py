@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import struct
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 from infusion.errors import InfusionError, InfusionWarning
 from infusion.photos import load_photos, mask_to_tensor, square, to_tensor
@@ -138,7 +142,9 @@ def test_pictures_of_formats_that_are_not_read(tmp_path):
     assert [p.name for p in load_photos(tmp_path)] == ["a.jfif"]
     for name in ("IMG_1.HEIC", "b.tif"):
         (tmp_path / name).touch()
-    with pytest.raises(InfusionError, match=r"holds 'IMG_1\.HEIC' and 1 more, of a format that is not read"):
+    with pytest.raises(
+        InfusionError, match=r"holds 'IMG_1\.HEIC' and 1 more, of a format that is not read; .*install pillow-heif"
+    ):
         load_photos(tmp_path)
 
 
@@ -149,6 +155,102 @@ def test_what_other_trainers_put_beside_photos(tmp_path):
         assert len(load_photos(tmp_path)) == 1
     (tmp_path / "Masks").mkdir()
     with pytest.raises(InfusionError, match=r"put them there as 1-mask\.png for 1\.png"):
+        load_photos(tmp_path)
+
+
+# Display P3's primaries as profiles hold them, under D50 light.
+P3 = np.array([[0.5151, 0.2919, 0.1572], [0.2412, 0.6922, 0.0666], [-0.0011, 0.0419, 0.7841]])
+SRGB = np.array([[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7142]])
+
+
+def profile(primaries: np.ndarray, name: bytes = b"wide") -> bytes:
+    """A profile of sRGB's curve with other primaries."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for i in range(int.from_bytes(data[128:132], "big")):
+        tag, offset, _ = struct.unpack(">4sII", data[132 + 12 * i : 144 + 12 * i])
+        if tag in (b"rXYZ", b"gXYZ", b"bXYZ"):
+            column = primaries[:, b"rgb".index(tag[:1])]
+            struct.pack_into(">3i", data, offset + 8, *(round(65536 * float(v)) for v in column))
+    return bytes(data).replace("sRGB".encode("utf-16-be"), name.decode().encode("utf-16-be"))
+
+
+def in_srgb(colour: tuple[int, ...]) -> np.ndarray:
+    """The sRGB of a colour of Display P3, by the standard's curve."""
+    v = np.array(colour) / 255
+    linear = np.linalg.inv(SRGB) @ P3 @ np.where(v > 0.04045, ((v + 0.055) / 1.055) ** 2.4, v / 12.92)
+    linear = linear.clip(0, 1)
+    return 255 * np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
+
+
+@pytest.mark.parametrize("colour", [(200, 100, 50), (90, 160, 80), (128, 128, 128)])
+def test_colours_are_brought_to_srgb_by_a_photos_own_profile(tmp_path, colour):
+    expected = in_srgb(colour)
+    Image.new("RGB", (8, 8), colour).save(tmp_path / "a.png", icc_profile=profile(P3))
+    clear = Image.new("RGBA", (8, 8), (*colour, 255))
+    clear.putpixel((0, 0), (*colour, 0))
+    clear.save(tmp_path / "b.png", icc_profile=profile(P3))
+    clear.quantize(4).save(tmp_path / "c.png", icc_profile=profile(P3))
+    Image.new("RGB", (8, 8), colour).save(tmp_path / "d.png", icc_profile=profile(P3, b"sRGB"))  # by its name it is
+    photos = [*load_photos(tmp_path), *load_photos([Image.open(tmp_path / "a.png")])]
+    for photo in (*photos[:3], photos[4]):
+        assert np.abs(np.array(photo.image.getpixel((4, 4))) - expected).max() <= 1.5
+    assert photos[3].image.getpixel((4, 4)) == colour
+    assert [p.mask is not None for p in photos] == [False, True, True, False, False]
+    assert photos[1].mask.getpixel((0, 0)) == 0
+
+
+def test_grey_photos_with_profiles_and_masks_with_them(tmp_path):
+    Image.new("L", (8, 8), 100).save(tmp_path / "a.png", icc_profile=profile(P3))
+    Image.new("L", (8, 8), 200).save(tmp_path / "a-mask.png", icc_profile=b"nonsense")
+    (photo,) = load_photos(tmp_path)
+    assert photo.image.getpixel((0, 0)) == (100, 100, 100)
+    assert photo.mask.getpixel((0, 0)) == 200
+
+
+@pytest.mark.parametrize(
+    ("mode", "data", "reason"),
+    [
+        ("RGB", b"nonsense", "cannot open profile"),
+        ("RGB", profile(P3)[:200], "."),
+        ("RGB", ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes(), "it is of Lab, the picture of RGB"),
+        ("CMYK", profile(P3), "it is of RGB, the picture of CMYK"),
+    ],
+)
+def test_profiles_that_cannot_be_used(tmp_path, mode, data, reason):
+    image = Image.new(mode, (8, 8), (10, 120, 200, 0)[: len(mode)])
+    image.save(tmp_path / "a.jpg", icc_profile=data, quality=100)
+    plain = Image.open(tmp_path / "a.jpg").convert("RGB")
+    with pytest.warns(
+        InfusionWarning, match=rf"'a\.jpg' has a colour profile that cannot be used \(.*{reason}"
+    ) as told:
+        (photo,) = load_photos(tmp_path)
+    assert len(told) == 1
+    assert photo.image.getpixel((4, 4)) == plain.getpixel((4, 4))
+
+
+@pytest.fixture
+def heif(monkeypatch):
+    """pillow-heif as it is to Pillow: a module that, asked to, registers an opener. Here of PNGs."""
+
+    def register():
+        Image.init()
+        monkeypatch.setitem(Image.OPEN, "HEIF", (PngImagePlugin.PngImageFile, lambda start: start[:4] == b"\x89PNG"))
+        monkeypatch.setitem(Image.EXTENSION, ".heic", "HEIF")
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+
+
+def test_what_phones_write_is_read_where_pillow_can(tmp_path, heif):
+    for name, colour in (("b", "red"), ("a", "blue"), ("c", "lime")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+    for name in ("a.HEIC", "c.heic"):
+        (tmp_path / f"{name[0]}.png").rename(tmp_path / name)
+    Image.new("RGB", (8, 8)).save(tmp_path / "c.jpg")  # what c.heic was turned into
+    assert [p.name for p in load_photos(tmp_path)] == ["a.HEIC", "b.png", "c.jpg"]
+    (single,) = load_photos([tmp_path / "c.heic"])
+    assert single.image.getpixel((0, 0)) == (0, 255, 0)
+    (tmp_path / "d.heic").write_bytes(b"nonsense")
+    with pytest.raises(InfusionError, match=r"d\.heic' cannot be read as a picture"):
         load_photos(tmp_path)
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from infusion.errors import InfusionError, InfusionWarning
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp")
-UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif")  # pictures too, but not among FORMATS
+HEIF = (".heic", ".heif")  # read where pillow-heif is installed
+UNREAD = (".avif", ".tif", ".tiff", ".gif")  # pictures too, but not among FORMATS
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # whatever the name says: EPS, for one, would start Ghostscript
 OVERLAYS = ".masks.png"  # how a file ends that shows what was taken for the subject; no photo
 MASK_SUFFIX = "-mask"  # milo1.png has its mask in milo1-mask.png
@@ -35,6 +39,7 @@ def load_photos(source: str | Path | Sequence[Image.Image | Photo | str | Path])
     """The photos of a folder in the order of their names, or single ones: files, or pictures already in memory.
 
     A mask is taken from `<name>-mask.png` beside `<name>.png`, or from a picture's own alpha channel.
+    Colours are brought to sRGB by a picture's own profile; one that is broken warns, and the colours stay as they are.
     Raises InfusionError for a folder that is missing or empty, for a picture that cannot be read, for a mask of another shape than its
     photo or without white, for one whose name belongs to no photo, and for a folder with pictures of formats that are not read or with
     masks in a folder of their own. Hidden files are left alone; captions in files warn that they are not used.
@@ -49,11 +54,19 @@ def load_photos(source: str | Path | Sequence[Image.Image | Photo | str | Path])
         raise InfusionError(f"There is no folder {str(folder)!r}; give a folder with 3 to 6 pictures of one subject.")
     # A phone's ".trashed-1.png" is no photo.
     entries = [p for p in folder.iterdir() if not p.name.startswith(".") and not p.name.endswith(OVERLAYS)]
-    pictures = sorted(p for p in entries if p.suffix.lower() in SUFFIXES)
+    pictures = [p for p in entries if p.suffix.lower() in SUFFIXES]
     read = {p.stem.lower() for p in pictures}  # a phone's picture beside what it was turned into is no loss
-    if unread := sorted(p.name for p in entries if p.suffix.lower() in UNREAD and p.stem.lower() not in read):
+    others = sorted(p for p in entries if p.suffix.lower() in (*HEIF, *UNREAD) and p.stem.lower() not in read)
+    phones = [p for p in others if p.suffix.lower() in HEIF]
+    if phones and _heif_is_read():
+        pictures, others = [*pictures, *phones], [p for p in others if p not in phones]
+        read |= {p.stem.lower() for p in phones}
+    pictures.sort()
+    if others:
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        install = ", install pillow-heif" if others[0] in phones else ""
         raise InfusionError(
-            f"{str(folder)!r} holds {unread[0]!r}{f' and {len(unread) - 1} more' if unread[1:] else ''}, of a format that is not read; turn it into PNG or JPEG, or move it away."
+            f"{str(folder)!r} holds {others[0].name!r}{more}, of a format that is not read; turn it into PNG or JPEG{install}, or move it away."
         )
     if apart := [p for p in entries if p.is_dir() and p.name.lower() in ("mask", "masks")]:
         raise InfusionError(
@@ -80,7 +93,7 @@ def _given(photo: Image.Image | Photo | str | Path) -> Photo:
         return photo
     if isinstance(photo, str | Path):
         return _load(Path(photo), {})
-    return _with_alpha(_eight_bits(ImageOps.exif_transpose(photo)))
+    return _with_alpha(_in_srgb(ImageOps.exif_transpose(photo), "A photo"))
 
 
 def _check_masks(pictures: Sequence[Path], photos: Set[str]) -> None:
@@ -99,7 +112,7 @@ def _check_masks(pictures: Sequence[Path], photos: Set[str]) -> None:
 
 
 def _load(path: Path, beside: Mapping[str, Path]) -> Photo:
-    photo = _with_alpha(_open(path))
+    photo = _with_alpha(_in_srgb(_open(path), repr(path.name)))
     names = [path.stem + MASK_SUFFIX + s for s in SUFFIXES]
     masks = [m for n in names if (m := path.with_name(n)).exists()] or [
         beside[n.lower()] for n in names if n.lower() in beside
@@ -110,7 +123,7 @@ def _load(path: Path, beside: Mapping[str, Path]) -> Photo:
 
 def _mask(path: Path, photo: Path, size: tuple[int, int]) -> Image.Image:
     """The mask of a photo of `size`. One that was drawn on the photo as the camera stored it is turned as the photo is."""
-    mask = _open(path)
+    mask = _eight_bits(_open(path))
     with Image.open(photo) as stored:
         orientation = stored.getexif().get(ExifTags.Base.Orientation, 1)
         if stored.size != size and mask.size == stored.size:
@@ -133,12 +146,62 @@ def _mask(path: Path, photo: Path, size: tuple[int, int]) -> Image.Image:
 
 def _open(path: Path) -> Image.Image:
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        formats = (*FORMATS, "HEIF") if path.suffix.lower() in HEIF and _heif_is_read() else FORMATS
+        with Image.open(path, formats=formats) as image:
             turned = ImageOps.exif_transpose(image)
             turned.load()
-            return _eight_bits(turned)
+            return turned
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise InfusionError(f"{str(path)!r} cannot be read as a picture ({error}); replace or remove it.") from None
+
+
+def _heif_is_read() -> bool:
+    """Whether Pillow opens what phones write: by pillow-heif, where that is installed."""
+    if HEIF[0] not in Image.registered_extensions():
+        with suppress(ImportError):
+            importlib.import_module("pillow_heif").register_heif_opener()
+    return HEIF[0] in Image.registered_extensions()
+
+
+def _in_srgb(image: Image.Image, name: str) -> Image.Image:
+    """The picture in 8 bits, its colours brought to sRGB by its own profile. Warns, and keeps them, where that is broken."""
+    profile = image.info.get("icc_profile")
+    image = _eight_bits(image)
+    if not profile:
+        return image
+    try:
+        own = ImageCms.getOpenProfile(BytesIO(profile))
+        if ImageCms.getProfileDescription(own).lower().startswith("srgb"):
+            return image
+        return _converted(image, own)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
+        warnings.warn(
+            f"{name} has a colour profile that cannot be used ({error}); its colours are taken for sRGB.",
+            InfusionWarning,
+            stacklevel=4,
+        )
+        return image
+
+
+_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # by the colours of a profile
+
+
+def _converted(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
+    """The picture's colours in sRGB, what is clear kept. Raises ValueError for a profile of other colours than the picture's."""
+    if image.mode in ("P", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    alpha = image.getchannel("A") if image.mode in ("RGBA", "LA") else None
+    colours = profile.profile.xcolor_space.strip()
+    mode = _MODES.get(colours)
+    grey = image.mode in ("1", "L", "LA")
+    fits = (mode == "RGB" and (grey or image.mode in ("RGB", "RGBA"))) or (mode == "L" and grey) or mode == image.mode
+    if mode is None or not fits:
+        raise ValueError(f"it is of {colours}, the picture of {image.mode}")
+    result = ImageCms.profileToProfile(image.convert(mode), profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert result is not None  # as it is where a picture is changed in place
+    if alpha is not None:
+        result.putalpha(alpha)
+    return result
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
