@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -253,6 +254,45 @@ def test_a_diffusers_folder(tmp_path):
     assert infusion.load_base(tmp_path / "pipe", device="cpu", dtype="fp16").unet.dtype == torch.float16
 
 
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+@pytest.mark.parametrize("size", ["10GB", "20KB"])
+def test_a_folder_that_holds_a_variant_only(tmp_path, variant, size):
+    """Whole and in pieces."""
+    pipe = tiny_pipeline().to(torch.float16 if variant == "fp16" else torch.bfloat16)
+    pipe.save_pretrained(tmp_path, variant=variant, max_shard_size=size)
+    files = [p.name for p in (tmp_path / "unet").glob("*.safetensors")]
+    assert all(variant in name for name in files)
+    assert (len(files) > 1) == (size == "20KB")
+    loaded = infusion.load_base(tmp_path, device="cpu")
+    assert loaded.unet.dtype == torch.float32
+    same = zip(loaded.unet.state_dict().values(), pipe.unet.state_dict().values(), strict=True)
+    assert all(torch.equal(ours, theirs.float()) for ours, theirs in same)
+
+
+def test_a_variant_beside_whole_weights_is_left_alone(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path)
+    halved = copy.deepcopy(pipe).to(torch.float16)
+    halved.unet.save_pretrained(tmp_path / "unet", variant="fp16")
+    loaded = infusion.load_base(tmp_path, device="cpu")
+    assert torch.equal(loaded.unet.conv_in.weight, pipe.unet.conv_in.weight)
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    loaded = infusion.load_base(tmp_path, device="cpu")
+    assert torch.equal(loaded.unet.conv_in.weight, halved.unet.conv_in.weight.float())
+    assert torch.equal(loaded.vae.quant_conv.weight, pipe.vae.quant_conv.weight)
+
+
+@pytest.mark.parametrize(
+    ("unet", "told"),
+    [(None, "which has no UNet"), ([None, None], "has no UNet"), (["diffusers", "UNet3DConditionModel"], "a UNet3DC")],
+)
+def test_other_kinds_of_bases_are_refused_unread(tmp_path, unet, told):
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"], "unet": unet}
+    (tmp_path / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if v}))
+    with pytest.raises(InfusionError, match=f"is a FluxPipeline, which .*{told.removeprefix('which ')}.*SDXL, not yet"):
+        infusion.load_base(tmp_path)
+
+
 def test_refusals(tmp_path):
     save_file({"lora.up": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
     with pytest.raises(InfusionError, match="no Stable Diffusion"):
@@ -293,3 +333,46 @@ def test_a_hub_id_is_downloaded_once_and_found_again_offline(tmp_path):
     again = pictures("someone/tiny", "again", HF_HUB_OFFLINE="1")
     assert len(downloaded) == 2
     assert downloaded == again
+
+
+LOAD = """
+import sys, torch, infusion
+from infusion.errors import InfusionError
+try:
+    pipe = infusion.load_base("someone/tiny", "cpu", sys.argv[1])
+    print(pipe.unet.dtype, float(pipe.unet.conv_in.weight.sum()))
+except InfusionError as error:
+    print(error)
+"""
+
+
+def test_what_of_a_hub_id_is_fetched(tmp_path):
+    """Weights in fp16 where no more is asked or there are no others; nothing of a base of another kind."""
+    folder, pipe = tmp_path / "folder", tiny_pipeline()
+    pipe.save_pretrained(folder)
+
+    def loaded(dtype: str, home: str) -> tuple[str, list[str]]:
+        with serve(folder, "someone/tiny") as (hub, fetched):
+            settings = {"HF_HOME": str(tmp_path / home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+            told = subprocess.run(
+                [sys.executable, "-c", LOAD, dtype], env={**os.environ, **settings, "HF_ENDPOINT": hub},
+                capture_output=True, text=True,
+            )  # fmt: skip
+        assert told.returncode == 0, told.stderr
+        return told.stdout.strip(), [name for name in fetched if name.endswith(".safetensors")]
+
+    plain, weights = loaded("bf16", "a")
+    assert plain.startswith("torch.bfloat16 ")
+    assert weights
+    assert not any("fp16" in name for name in weights)
+    copy.deepcopy(pipe).to(torch.float16).save_pretrained(folder, variant="fp16")
+    assert all("fp16" in name for name in loaded("fp16", "b")[1])
+    assert not any("fp16" in name for name in loaded("fp32", "c")[1])
+    for name in weights:
+        (folder / name).unlink()
+    assert all("fp16" in name for name in loaded("fp32", "d")[1])
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "unet"}))
+    said, weights = loaded("fp16", "e")
+    assert "'someone/tiny' is a StableDiffusionPipeline, which has no UNet" in said
+    assert weights == []

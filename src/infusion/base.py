@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
@@ -98,7 +102,8 @@ def _load_other(base: str, dtype: torch.dtype, prediction: str | None) -> Diffus
             raise InfusionError(
                 f"There is no file or folder {base!r}; give a .safetensors checkpoint, a diffusers folder, a hub id, or 'embedded'."
             )
-        return DiffusionPipeline.from_pretrained(base, torch_dtype=dtype, safety_checker=None, use_safetensors=True)
+        _check_index(base)
+        return _pretrained(base, dtype)
     except InfusionError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
@@ -107,6 +112,49 @@ def _load_other(base: str, dtype: torch.dtype, prediction: str | None) -> Diffus
         raise InfusionError(
             f"The base {base!r} cannot be loaded ({reason}); give a hub id, a diffusers folder, a .safetensors checkpoint, or 'embedded'."
         ) from None
+
+
+def _check_index(base: str) -> None:
+    """Raise InfusionError for a pipeline without a Stable Diffusion's UNet by its index alone, before anything large is downloaded or read."""
+    name, folder = DiffusionPipeline.config_name, Path(base)
+    try:
+        index = json.loads((folder / name if folder.is_dir() else Path(hf_hub_download(base, name))).read_text("utf-8"))
+    except (OSError, ValueError):  # whatever it is, loading tells more of it
+        return
+    _, network = index.get("unet") or (None, None)
+    if network != UNet2DConditionModel.__name__:
+        draws = f"draws with a {network}" if network else "has no UNet"
+        raise InfusionError(
+            f"The base {base!r} is a {index.get('_class_name')}, which {draws}; Infusion works with Stable Diffusion 1.x, 2.x and SDXL, not yet with transformer bases or other kinds."
+        )
+
+
+def _pretrained(base: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline of a folder or a hub id. Of a folder, weights of a variant where there are no others; of a hub id, those in fp16 where they
+    are at hand and `dtype` holds no more, or where there are no others. Raises what diffusers raises."""
+    options: dict[str, Any] = {"torch_dtype": dtype, "safety_checker": None, "use_safetensors": True}
+    if Path(base).is_dir():
+        return DiffusionPipeline.from_pretrained(base, variant=_only_variant(Path(base)), **options)
+    errors = {}
+    for variant in (None, "fp16") if dtype == torch.float32 else ("fp16", None):
+        try:
+            return DiffusionPipeline.from_pretrained(base, variant=variant, **options)
+        except (OSError, ValueError) as error:
+            errors[variant] = error
+    raise errors[None]
+
+
+def _only_variant(folder: Path) -> str | None:
+    """ "fp16" or "bf16" where a part of the pipeline has no weights but of that variant; None where all have others."""
+    for part in sorted(p for p in folder.iterdir() if p.is_dir()):
+        kinds = {m[1] for p in part.glob("*.safetensors") if (m := _WEIGHTS.fullmatch(p.name))}
+        if kinds and None not in kinds:
+            return "fp16" if "fp16" in kinds else min(kinds)
+    return None
+
+
+# model.safetensors and model.fp16.safetensors, in pieces as model.fp16-00001-of-00002.safetensors and model-00001-of-00002.fp16.safetensors
+_WEIGHTS = re.compile(r"[^.]+(?:\.(fp16|bf16)(?:-\d+-of-\d+)?)?\.safetensors")
 
 
 def _first_line(error: BaseException | None) -> str:
