@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 
 from infusion.base import load_base
@@ -21,7 +21,7 @@ from infusion.cli import main
 from infusion.concept import Concept, summary
 from infusion.demo import MILO, _claim, draw_photos
 from infusion.training import row_losses
-from tests.conftest import random_concept
+from tests.conftest import random_concept, tiny_pipeline
 from tests.pretend import pretend
 
 
@@ -254,6 +254,19 @@ def test_a_device_holds_the_unet_alone_while_it_learns(run, photos, tmp_path, mo
     assert code == 0, said
     here, there = (Concept.load(tmp_path / f"{name}.safetensors").residuals for name in ("here", "there"))
     assert all(torch.allclose(there[path], learned, atol=1e-2) for path, learned in here.items())
+
+
+def test_bases_that_do_not_draw_from_a_prompt_alone(run, tmp_path):
+    pipe = tiny_pipeline()
+    for kind in (StableDiffusionInpaintPipeline, StableDiffusionImg2ImgPipeline):
+        kind.from_pipe(pipe).save_pretrained(tmp_path / kind.__name__)
+        code, said = run(
+            "generate", "a dog", "--base", tmp_path / kind.__name__, "-o", tmp_path / "out", "--device", "cpu"
+        )
+        assert code == 2
+        assert f"This base is a {kind.__name__}, which wants a picture" in said
+        assert "Traceback" not in said
+    assert not list(tmp_path.glob("out/*.png"))
 
 
 def _counted(method, calls):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
-from diffusers import EDMEulerScheduler, PNDMScheduler
+from diffusers import (
+    EDMEulerScheduler,
+    LatentConsistencyModelPipeline,
+    PNDMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+)
 from PIL import Image
 
 import infusion
 from infusion.base import load_base
 from infusion.errors import InfusionError
 from infusion.generation import default_batch, generate
+from infusion.methods.interface import rebuilt
 from infusion.schedulers import SCHEDULERS, scheduler_for
 from infusion.sheets import square_grid
-from tests.conftest import latents, random_concept
+from tests.conftest import latents, random_concept, tiny_unet
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +88,34 @@ def test_solvers_of_one_equation_draw_one_picture(base, monkeypatch):
         monkeypatch.setattr(base, "scheduler", PNDMScheduler.from_config(silent))
         monkeypatch.setattr(base, "scheduler", scheduler_for(base, name))
         assert np.abs(drawn(0) - expected).mean() < other / 5, name
+
+
+def test_pipelines_that_do_not_draw_from_a_prompt_alone(pipe, xl):
+    inpainting = rebuilt(pipe, unet=tiny_unet(in_channels=9))
+    refiner = copy.copy(xl)
+    refiner.tokenizer = None
+    for other, message in (
+        (StableDiffusionInpaintPipeline.from_pipe(pipe), "StableDiffusionInpaintPipeline, which wants a picture"),
+        (StableDiffusionXLImg2ImgPipeline.from_pipe(xl), "XLImg2ImgPipeline, which wants a picture"),
+        (inpainting, "has a UNet of 9 channels for latents of 4, as for inpainting"),
+        (refiner, "has no tokenizer of its own"),
+    ):
+        with pytest.raises(InfusionError, match=message):
+            generate(other, ["a dog"], [0], 1)
+
+
+def test_a_pipeline_without_negative_prompts(pipe):
+    distilled = LatentConsistencyModelPipeline(
+        **{**pipe.components, "unet": tiny_unet(time_cond_proj_dim=8), "scheduler": scheduler_for(pipe, "lcm")},
+        requires_safety_checker=False,
+    )
+    distilled.set_progress_bar_config(disable=True)
+    (plain,) = generate(distilled, ["a dog"], [0], 2)
+    with infusion.attach(distilled, random_concept(distilled.unet)):
+        (named,) = generate(distilled, ["a <milo>"], [0], 2)
+    assert not np.array_equal(pixels(plain), pixels(named))
+    with pytest.raises(InfusionError, match="A LatentConsistencyModelPipeline knows no negative prompt; leave it out"):
+        generate(distilled, ["a dog"], [0], 2, negative_prompt="blurry")
 
 
 def test_what_schedulers_are_refused(pipe):

@@ -257,7 +257,7 @@ def generate(
     """Draw pictures of prompts in which concepts are called by <name> or <name:0.7>."""
     with progress("Loading the base model") as told:
         from infusion.base import load_base
-        from infusion.generation import drawing, free, save_pictures
+        from infusion.generation import check_draws, drawing, free, save_pictures
         from infusion.offloading import in_parts
         from infusion.pipelines import attach, encode
         from infusion.schedulers import check_scheduler, scheduler_for
@@ -272,6 +272,7 @@ def generate(
         pipe = load_base(base, device, dtype, prediction, offload)
         if offload:
             in_parts(pipe, tiles=True)
+        check_draws(pipe)
         if scheduler:
             pipe.scheduler = scheduler_for(pipe, scheduler)
         known = pipe.tokenizer.get_vocab()

@@ -5,6 +5,7 @@ Knows pipelines and files; whether concepts are attached is the caller's busines
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import re
@@ -69,12 +70,13 @@ def drawing(
     width: int | None = None,
     height: int | None = None,
 ) -> Iterator[list[Picture]]:
-    """One picture for each pair of prompt and seed, yielded batch by batch.
+    """One picture for each pair of prompt and seed, yielded batch by batch, by a text-to-image pipeline.
 
     A picture depends on its prompt and seed; the batch changes it by kernel tolerance only. batch: pictures at a time, by default
     `default_batch`. on_step is told (denoising steps done, steps in all) over all batches. width, height: in pixels, by default the
     base's own. Raises InfusionError for what cannot be drawn so.
     """
+    check_draws(pipe)
     if len(prompts) != len(seeds):
         raise InfusionError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed for each prompt.")
     for name, value in (("steps", steps), ("batch", batch)):
@@ -87,6 +89,8 @@ def drawing(
             f"steps is {steps}; this base's scheduler has {most:,} timesteps, so give at most as many, usually {'4 to 8' if few else '20 to 50'}."
         )
     size = picture_size(pipe, width, height)
+    if negative_prompt is not None and "negative_prompt" not in inspect.signature(type(pipe).__call__).parameters:
+        raise InfusionError(f"A {type(pipe).__name__} knows no negative prompt; leave it out.")
     if not math.isfinite(guidance_scale):
         raise InfusionError(f"guidance_scale is {guidance_scale}; give a finite number, usually 1 to 10.")
     for seed in seeds:
@@ -103,15 +107,31 @@ def drawing(
 
         images = pipe(
             prompt=part,
-            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(part),
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             generator=[torch.Generator().manual_seed(s) for s in numbers],
             callback_on_step_end=told,
             width=size[0],
             height=size[1],
+            **({} if negative_prompt is None else {"negative_prompt": [negative_prompt] * len(part)}),
         ).images
         yield [Picture(i, p, s) for i, p, s in zip(images, part, numbers, strict=True)]
+
+
+def check_draws(pipe: DiffusionPipeline) -> None:
+    """Raise InfusionError for a pipeline that does not draw from a prompt alone: for inpainting, image-to-image, a refiner."""
+    unet, kind = require_unet(pipe), type(pipe).__name__
+    wants = None
+    if "image" in inspect.signature(type(pipe).__call__).parameters:
+        wants = "wants a picture beside the prompt"
+    elif unet.config["in_channels"] != pipe.vae.config["latent_channels"]:
+        wants = f"has a UNet of {unet.config['in_channels']} channels for latents of {pipe.vae.config['latent_channels']}, as for inpainting"
+    elif pipe.tokenizer is None:
+        wants = "has no tokenizer of its own, as a refiner"
+    if wants:
+        raise InfusionError(
+            f"This base is a {kind}, which {wants}; draw with a text-to-image base, or attach concepts to it in Python."
+        )
 
 
 def picture_size(pipe: DiffusionPipeline, width: int | None = None, height: int | None = None) -> tuple[int, int]:
