@@ -196,8 +196,10 @@ def test_evaluate(run, photos, tmp_path):
     unet = load_base(device="cpu").unet
     concept = random_concept(unet, scale=0.1).save(tmp_path / "milo.safetensors")
     common = ("--photos", photos, "--word", "dog", "-o", tmp_path / "report")
-    code, said = run("evaluate", "--adapter", concept, *common, "--seeds", 2)
+    code, said = run("evaluate", "--adapter", concept, *common, "--seeds", 2, "--steps", 3, "--guidance", 1.5)
     assert code == 0, said
+    config = json.loads((tmp_path / "report" / "figures.json").read_text())["settings"]
+    assert (config["steps"], config["guidance_scale"]) == (3, 1.5)
     assert "It forgets nothing" in said
     assert "Prompts call it 'a <milo>'" in said
     figures = json.loads((tmp_path / "report" / "figures.json").read_text())["figures"]

@@ -322,6 +322,10 @@ def evaluate(
         typer.Option(help='How prompts call it: "a <milo:0.7>", "sks dog". By default "a <name>" or "a WORD".'),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Pictures a prompt, by the base and by the adapter.")] = 10,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Denoising steps; of a few-step base (Turbo, LCM) as many as it was made for.")
+    ] = 20,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 for a base that draws without.")] = 6.0,
     clip: Annotated[str | None, typer.Option(help="CLIP weights for CLIP-I and CLIP-T: a folder or a hub id.")] = None,
     dino: Annotated[str | None, typer.Option(help="DINO weights for subject fidelity: a folder or a hub id.")] = None,
     lpips: Annotated[
@@ -351,7 +355,7 @@ def evaluate(
         from infusion.streams import execution_device
         from infusion.world.judge import shipped_judge
 
-        config = EvaluateConfig(seeds=seeds, batch=batch)
+        config = EvaluateConfig(seeds=seeds, batch=batch, steps=steps, guidance_scale=guidance)
         pictures = load_photos(photos)
         loaded, checkups = load_adapter(adapter, word, subject, prediction), read_checkups(adapter)
         spaces, distance = load_features(clip, dino), load_lpips() if lpips else None
