@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from infusion.methods.infusion import ConceptAdapter
 from infusion.methods.interface import rebuilt
 from infusion.naive import naive_prediction
 from infusion.photos import Photo, load_photos
+from infusion.steering import _Watch
 from infusion.streams import cross_attention_layers, value_lengths
 from infusion.training import LearnConfig, learning, learning_together, masked_loss
 from tests.conftest import latents, random_concept, tiny_unet
@@ -413,3 +415,42 @@ def test_bases_of_another_kind_are_refused(pipe, photos):
     takes_more.unet = torch.nn.Linear(2, 2)
     with pytest.raises(InfusionError, match="draws with a Linear"):
         infusion.learn(takes_more, photos, "dog", "milo")
+
+
+def test_xl_is_told_each_photos_size_and_crop(xl):
+    """The base's side is 16 pixels. Every pixel of the photos tells its column and row."""
+
+    def photo(width, height):
+        rows, columns = np.mgrid[:height, :width]
+        return Image.fromarray(np.stack([columns, rows, 0 * rows], -1).astype(np.uint8))
+
+    photos = [photo(24, 16), photo(16, 40), photo(96, 48), photo(8, 8)]
+    with pytest.warns(InfusionWarning, match="smaller than the base's 16"):
+        lesson = prepare_lesson(xl, load_photos(photos), "dog", "milo")
+    told = [[16, 24, 0, 4, 16, 16], [40, 16, 12, 0, 16, 16], [48, 96, 0, 8, 16, 16], [8, 8, 0, 0, 16, 16]]
+    for picture, (_, _, top, left, *_) in zip(lesson.pictures[:2], told, strict=False):  # those that are not scaled
+        assert picture.getpixel((0, 0)) == (left, top, 0)
+    assert lesson.sizes.tolist() == [*told, *told]
+    seen = []
+    xl.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args[0], kwargs["added_cond_kwargs"]["time_ids"].tolist())),
+        with_kwargs=True,
+    )
+    infusion.learn(xl, lesson, "dog", "milo", LearnConfig(steps=2, batch=4, max_timestep=1))
+    assert len(seen) == 4
+    for noisy, ids in seen:  # at the first timestep the latents are hardly noisy, so that each tells its photo
+        nearest = torch.cdist(noisy.flatten(1), lesson.latents.flatten(1)).argmin(1)
+        assert ids == [lesson.sizes[i].tolist() for i in nearest]
+    seen.clear()
+    assert attention_masks(lesson, xl.unet, timesteps=(300,), batch=3).shape == (8, 8, 8)
+    assert [row for _, ids in seen for row in ids] == [*told, *told]
+
+
+def test_pictures_that_are_no_photos_have_the_bases_size(xl, photos):
+    lesson = prepare_lesson(xl, load_photos(photos), "dog", "milo")
+    seen = []
+    xl.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"].tolist()), with_kwargs=True
+    )
+    _Watch._places(SimpleNamespace(lesson=lesson, pipe=xl), torch.zeros(7, 4, 8, 8))  # type: ignore[arg-type]
+    assert seen[0] == [[16, 16, 0, 0, 16, 16]] * 7

@@ -99,6 +99,7 @@ class Lesson:
 
     pictures: the squared photos. latents (n, c, g, g) of the photos, then of their mirror images where wanted,
     scaled as the UNet expects them. masks (n, g, g) in [0, 1] in the same order. templates: the captions, "{}" for the subject.
+    sizes: what SDXL is told of each, (n, 6) as `size_condition` gives it; None tells it the base's own size of all, and others nothing.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Lesson:
     templates: tuple[str, ...]
     texts: Texts
     noise: DDPMScheduler
+    sizes: Tensor | None = None
 
     @property
     def flipped(self) -> bool:
@@ -153,6 +155,8 @@ class Lesson:
         target = self.noise.get_velocity(clean, noise, timesteps) if velocity else noise
         states = self.texts.states[text_rows]
         extra = {k: v[text_rows] for k, v in self.texts.extra.items()}
+        if self.sizes is not None:
+            extra["time_ids"] = self.sizes[photo]
         return Draw(
             noisy=self.noise.add_noise(clean, noise, timesteps).to(dtype),
             target=target,
@@ -205,8 +209,22 @@ def prepare_lesson(
     latents = encode_pictures(pipe, [*pictures, *mirrored])
     texts = encode_texts(pipe, [t.format(_TAG) for t in templates], {"subject": word}, name)
     masks = torch.ones_like(latents[:, 0])
-    lesson = Lesson(name, word, pictures, latents, masks, tuple(templates), texts, noise)
+    sizes = None
+    if (
+        ids := texts.extra.get("time_ids")
+    ) is not None:  # a photo's mirror image is cropped as it is: around the centre
+        sizes = ids.new_tensor([size_condition(p.image.size, side) for p in photos] * (2 if flip else 1))
+    lesson = Lesson(name, word, pictures, latents, masks, tuple(templates), texts, noise, sizes)
     return replace(lesson, masks=_masks(lesson, unet, photos)) if masked else lesson
+
+
+def size_condition(size: tuple[int, int], side: int) -> tuple[int, ...]:
+    """What SDXL's UNet is told of a photo of that width and height that was scaled and cropped to `side` by its centre: the photo's own
+    height and width, the crop's top and left in the scaled photo, the square's height and width (arXiv 2307.01952, 2.2). So that neither
+    the blur of small photos nor cut-off subjects are taken for the subject's own."""
+    width, height = size
+    top, left = (round((length * side / min(size) - side) / 2) for length in (height, width))
+    return height, width, top, left, side, side
 
 
 def mask_overlays(lesson: Lesson) -> list[Image.Image]:
@@ -307,13 +325,13 @@ def attention_masks(
     """
     batch = batch or max(1, min(16, 16 * 64**2 // lesson.latents[0, 0].numel()))
 
-    def heat(latents: Tensor, masks: Tensor) -> Tensor:
-        some = replace(lesson, latents=latents, masks=masks)
+    def heat(part: slice) -> Tensor:
+        sizes = None if lesson.sizes is None else lesson.sizes[part]
+        some = replace(lesson, latents=lesson.latents[part], masks=lesson.masks[part], sizes=sizes)
         passes = foundational_passes(some, unet, timesteps, seed)
-        return torch.stack([word_maps(recorded, plan, masks.shape[-1]) for recorded, plan in passes]).sum(0)
+        return torch.stack([word_maps(recorded, plan, some.masks.shape[-1]) for recorded, plan in passes]).sum(0)
 
-    parts = zip(lesson.latents.split(batch), lesson.masks.split(batch), strict=True)
-    total = torch.cat([heat(*part) for part in parts])
+    total = torch.cat([heat(slice(i, i + batch)) for i in range(0, len(lesson.latents), batch)])
     return total / total.amax(dim=(1, 2), keepdim=True).clamp_min(1e-6)
 
 

@@ -267,7 +267,7 @@ class _Watch:
 
     def _places(self, latents: Tensor) -> Tensor:
         """Where the subject stands in each picture, by the untouched base's attention: (n, 2), shares of height and width."""
-        drawn = replace(self.lesson, latents=latents, masks=torch.zeros_like(latents[:, 0]))
+        drawn = replace(self.lesson, latents=latents, masks=torch.zeros_like(latents[:, 0]), sizes=None)
         return centroids(attention_masks(drawn, require_unet(self.pipe))).cpu().double()
 
     def _spread(self, latents: Tensor) -> float:
