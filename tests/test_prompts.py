@@ -134,6 +134,7 @@ def test_slips_are_told(prompt, told):
         "a <milo>-shaped hole, pre-<milo>_2",
         "(a cat:1.3) beside <milo>",
         "(<milo>)(cat:2)",
+        "(<milo> at 12:30)",
         "a<unknown> and (<unknown>:1.3)",
         "a dog",
     ],

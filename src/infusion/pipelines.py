@@ -393,7 +393,7 @@ def _rows_within(states: Tensor, ours: Tensor, rows: Rows) -> Rows:
     if ours.shape[2:] != states.shape[2:] or ours.shape[1] > states.shape[1]:
         return ()
     begin = states[:, : ours.shape[1]]
-    each = zip(ours.to(states), rows or ((),) * len(ours), strict=True)
+    each = zip(ours.to(states), rows or ((),) * len(ours), strict=False)
     return tuple(mentions for row, mentions in each if bool((begin == row).flatten(1).all(1).any()))
 
 
