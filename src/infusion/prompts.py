@@ -19,7 +19,7 @@ from infusion.errors import InfusionError
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 LORAS = ("lora", "lyco")  # <lora:file:0.8>, as other programs load one from a prompt
 TAG = re.compile(r"<(?P<name>[A-Za-z][A-Za-z0-9_-]*)(?::(?P<strength>[^<>]*))?>")
-WEIGHTED = re.compile(r"\([^()]*[^()\d\s]\s*:\s*(?P<weight>\d*\.?\d+)\s*\)")  # (a dog:1.3), as other programs weight words
+WEIGHTED = re.compile(r"\([^()]*[^()\d\s]\s*:\s*(?P<weight>\d*\.?\d+)\s*\)")  # (a dog:1.3), as others weight words
 
 
 @dataclass(frozen=True)
