@@ -80,7 +80,7 @@ def joined(draws: Sequence[Draw]) -> Draw:
     )
 
 
-def in_parts(draw: Draw, size: int) -> Iterator[Draw]:
+def parted(draw: Draw, size: int) -> Iterator[Draw]:
     """A batch's rows in order, at most `size` at a time."""
 
     def some(value: Any, rows: slice) -> Any:

@@ -25,7 +25,7 @@ from infusion.concept import BaseInfo, Concept
 from infusion.config import hold_types
 from infusion.errors import InfusionError
 from infusion.fit import base_info
-from infusion.lesson import Draw, Lesson, in_parts, joined, prepare_lesson
+from infusion.lesson import Draw, Lesson, joined, parted, prepare_lesson
 from infusion.packing import SCHEMES
 from infusion.photos import Photo, load_photos
 from infusion.streams import Streams, execution_device, frozen, require_unet, value_lengths
@@ -158,7 +158,7 @@ def learning_together(
                     for lesson, generator, own in zip(lessons, generators, configs, strict=True)
                 ]
                 losses = []
-                for part in in_parts(joined(draws), at_once or _fitting(unet, len(lessons) * config.batch)):
+                for part in parted(joined(draws), at_once or _fitting(unet, len(lessons) * config.batch)):
                     each = row_losses(predict(streams, part), part)
                     scaler.scale(each.sum() / config.batch).backward()
                     losses.append(each.detach())
