@@ -57,13 +57,13 @@ def watched(name: str, number: int, steps: int, every: int) -> dict:
 
 
 def outcome(looks: list[dict], limit: float) -> dict:
-    """What `steering.steered` would have done at these looks: the step at which it stops, None for never, and the one that it keeps, None where
-    no look was within the limit."""
+    """What `steering.steered` would have done at these looks: the step at which it stops, None for never, and the one that it keeps: the last
+    within the limit, that of the stop where none was."""
     kept, before = None, set()
     for look in looks:
         beyond = {name for name, above in look["above"].items() if above > limit}
         if beyond & before:
-            return {"stops": look["step"], "keeps": kept}
+            return {"stops": look["step"], "keeps": kept or look["step"]}
         kept, before = kept if beyond else look["step"], beyond
     return {"stops": None, "keeps": looks[-1]["step"]}
 

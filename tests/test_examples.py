@@ -91,7 +91,7 @@ def test_real_size(tmp_path):
     [
         ([(0.0, 0.0), (0.2, 0.0), (0.0, 0.2), (0.0, 0.0)], None, 100),
         ([(0.0, 0.0), (0.05, 0.1), (0.2, 0.0), (0.2, 0.0)], 100, 50),
-        ([(0.2, 0.0), (0.2, 0.2)], 50, None),
+        ([(0.2, 0.0), (0.2, 0.2)], 50, 50),
     ],
 )
 def test_where_looks_would_stop_a_training(above, stops, keeps):
@@ -103,7 +103,7 @@ def test_where_looks_would_stop_a_training(above, stops, keeps):
 @pytest.mark.parametrize("method", ["infusion", "dreambooth"])
 def test_training_stops_before_what_the_photos_show_comes_back(method):
     """By the judge, at the step that would be kept: at most 10 points above the base's own rate. Minutes."""
-    found = script("benchmarks/stopping").watched(method, number=0, steps=100, every=25)
+    found = script("benchmarks/stopping").watched(method, number=0, steps=60, every=10)
     (kept,) = [look for look in found["looks"] if look["step"] == found["keeps"]]
     assert kept["leaks"].keys() == {"background", "position"}
     assert all(leak["here"] - leak["base"] <= 0.1 for leak in kept["leaks"].values())
