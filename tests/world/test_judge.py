@@ -432,9 +432,9 @@ def test_training_learns_and_resumes(data, tmp_path):
     assert (training["pictures"], training["minutes"]) == (80, 1)
     path = sure.save(tmp_path / "j.safetensors")
     card = judge_card([earlier, training], {"clean": figures, "autoencoded": figures, "told": told}, path)
-    assert (
-        f"| pattern | {figures['pattern']:.1%} | {figures['pattern']:.1%} | {told['pattern']:.1%} of 100.0% |" in card
-    )
+    clean = f"{figures['pattern']:.1%} [{figures['pattern_low']:.1%}, {figures['pattern_high']:.1%}]"
+    both = f"{clean} of {figures['pattern_n']:,} | {figures['pattern']:.1%}"
+    assert f"| pattern | {both} | {told['pattern']:.1%} of 100.0% |" in card
     assert "1,080 pictures seen" in card
     assert "8 min beside" in card
     assert "1 min on an abacus" in card

@@ -5,12 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import platform
-import resource
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from importlib.metadata import version
@@ -73,7 +71,8 @@ def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
     """The job's record: its settings, versions, and for each point, a step drawn at one of the strengths, what every picture shows and what
     was measured."""
     torch.set_num_threads(threads)
-    own_peak, start = forget_peak(), time.monotonic()
+    forget_peak()
+    start = time.monotonic()
     pipe, judge = _base(), load_judge()
     chosen = case(job.split, job.subjects_seed, job.subject, **job.modality)
     lesson = prepare_lesson(
@@ -110,7 +109,7 @@ def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
         "points": points,
         "seconds": round(time.monotonic() - start, 1),
         "threads": threads,
-        "peak_bytes": peak_memory() if own_peak else None,
+        "peak_bytes": peak_memory(),
         "concept_settings": settings,
         "versions": {
             "infusion": infusion.__version__,
@@ -206,18 +205,20 @@ def _concept_settings(adapter: Any) -> dict[str, Any] | None:
     return dict(adapter.concept.settings) if isinstance(adapter, ConceptAdapter) else None
 
 
-def peak_memory() -> int:
-    """The most memory that this process has held since its start or since `forget_peak`, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def forget_peak() -> bool:
-    """Begin this process's peak of memory anew, so that it is a job's own and not that of all its worker's; False where that cannot be."""
+def peak_memory() -> int | None:
+    """The most memory that this process has held since `forget_peak`, in bytes; None where that cannot be told, which is everywhere but on Linux.
+    Not by getrusage, which remembers what was forgotten."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        said = Path("/proc/self/status").read_text()
     except OSError:
-        return False
-    return True
+        return None
+    return next((int(line.split()[1]) * 1024 for line in said.splitlines() if line.startswith("VmHWM:")), None)
+
+
+def forget_peak() -> None:
+    """Begin this process's peak of memory anew, so that it is a job's own and not that of all its worker's."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 @cache
