@@ -227,18 +227,23 @@ def test_half_precision(pipe, dtype):
     assert (moved - expected).norm() < 0.3 * expected.norm()  # what the concept alone does
 
 
-def test_compiled_once_for_all_concepts(pipe):
-    graphs = []
+def counting_into(graphs):
+    """A backend of torch.compile that runs what it is given, and keeps it."""
 
-    def counting(graph, inputs):
+    def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
+    return backend
+
+
+def test_compiled_once_for_all_concepts(pipe):
+    graphs = []
     milo, rex = random_concept(pipe.unet), random_concept(pipe.unet, "rex", seed=5)
     prompts = ["a <milo> here", "a <milo:0.3> on the beach", "a <rex> in the snow", "a dog"]
     with infusion.attach(pipe, milo, rex):
         eager = [latents(pipe, p) for p in prompts]
-        pipe.unet.compile(backend=counting)
+        pipe.unet.compile(backend=counting_into(graphs))
         first = latents(pipe, prompts[0])
         latents(pipe, "a dog")
         latents(pipe, prompts[0])
@@ -257,16 +262,11 @@ def test_compiled_once_for_all_concepts(pipe):
 
 def test_blocks_compiled_one_by_one_share_their_graphs(pipe):
     graphs = []
-
-    def counting(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
     milo, rex = random_concept(pipe.unet), random_concept(pipe.unet, "rex", seed=5)
     prompts = ["a dog", "a <milo> here", "a <milo:0.3> on the beach", "a <rex> in the snow"]
     with infusion.attach(pipe, milo, rex):
         eager = [latents(pipe, p) for p in prompts]
-        pipe.unet.compile_repeated_blocks(fullgraph=True, backend=counting)
+        pipe.unet.compile_repeated_blocks(fullgraph=True, backend=counting_into(graphs))
         compiled, counts = zip(*((latents(pipe, p), len(graphs)) for p in prompts), strict=True)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(eager, compiled, strict=True))
     assert counts == (2, 4, 4, 4)  # two shapes of seven blocks, without a concept and with one

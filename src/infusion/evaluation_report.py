@@ -105,23 +105,15 @@ def _feature_facts(f: Figures) -> list[tuple[str, str]]:
             ("The same, above the base's", str(f.lpips.nearest_photo_above)),
         ]
     if j := f.judged:
-        if j.likeness and j.likeness_above:
-            facts += [("Judge: like the photos' subject, where one is found", str(j.likeness))]
-            facts += [("The same, above the base's", str(j.likeness_above))]
-        if j.attributes and j.attributes_above:
-            facts += [("Judge: the subject's colours, pattern and accessory", str(j.attributes))]
-            facts += [("The same, above the base's", str(j.attributes_above))]
-        if j.text and j.text_above:
-            facts += [
-                ("Judge: background, style and place as asked", str(j.text)),
-                ("The same, above the base's", str(j.text_above)),
-            ]
-        if j.variety and j.variety_above:
-            facts += [("Judge: variety of the subject within a prompt", str(j.variety))]
-            facts += [("The same, above the base's", str(j.variety_above))]
-        if j.preservation and j.preservation_above:
-            facts += [("Judge: the plain class word's pictures like the photos' subject (PRES)", str(j.preservation))]
-            facts += [("The same, above the base's", str(j.preservation_above))]
+        for label, value, above in (
+            ("like the photos' subject, where one is found", j.likeness, j.likeness_above),
+            ("the subject's colours, pattern and accessory", j.attributes, j.attributes_above),
+            ("background, style and place as asked", j.text, j.text_above),
+            ("variety of the subject within a prompt", j.variety, j.variety_above),
+            ("the plain class word's pictures like the photos' subject (PRES)", j.preservation, j.preservation_above),
+        ):
+            if value and above:
+                facts += [(f"Judge: {label}", str(value)), ("The same, above the base's", str(above))]
         facts += [
             (
                 f"Judge: the photos' {name} where {prompt}, above the base's",

@@ -62,6 +62,9 @@ class Draw:
     kwargs: dict[str, Any]
 
 
+_BY_ROW = ("noisy", "target", "timesteps", "mask", "captions", "kwargs")  # a draw's fields beside its plan
+
+
 def joined(draws: Sequence[Draw]) -> Draw:
     """Batches of several lessons as one, rows in their order; `captions` stay those of each lesson."""
     first, *others = draws
@@ -73,10 +76,9 @@ def joined(draws: Sequence[Draw]) -> Draw:
             return {key: rows([v[key] for v in values]) for key in values[0]}
         return torch.cat(list(values))
 
-    fields = ("noisy", "target", "timesteps", "mask", "captions", "kwargs")
     return Draw(
         plan=Plan(tuple(row for d in draws for row in d.plan.rows), rows([d.plan.states for d in draws])),
-        **{field: rows([getattr(d, field) for d in draws]) for field in fields},
+        **{field: rows([getattr(d, field) for d in draws]) for field in _BY_ROW},
     )
 
 
@@ -86,11 +88,10 @@ def parted(draw: Draw, size: int) -> Iterator[Draw]:
     def some(value: Any, rows: slice) -> Any:
         return {key: some(v, rows) for key, v in value.items()} if isinstance(value, dict) else value[rows]
 
-    fields = ("noisy", "target", "timesteps", "mask", "captions", "kwargs")
     for start in range(0, len(draw.noisy), size):
         rows = slice(start, start + size)
         plan = Plan(draw.plan.rows[rows], draw.plan.states[rows])
-        yield Draw(plan=plan, **{field: some(getattr(draw, field), rows) for field in fields})
+        yield Draw(plan=plan, **{field: some(getattr(draw, field), rows) for field in _BY_ROW})
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from infusion.world.base_training import PretrainConfig
-from infusion.world.release import EXAMINATION, between, model_card, training_of
+from infusion.world.release import EXAMINATION, model_card, training_of
+from infusion.world.runs import between
 
 
 @pytest.mark.parametrize(("kept", "share", "seen", "minutes"), [(None, 1.0, 96_000, 50), (2000, 0.5, 64_000, 33)])
@@ -52,8 +53,8 @@ def test_the_card_tells_of_the_step_that_was_kept_and_of_earlier_trainings(tmp_p
 
 
 def test_weights_between_two_trainings():
-    before = {"unet": {"a": torch.tensor([0.0, 2.0]), "count": torch.tensor(1)}}
-    after = {"unet": {"a": torch.tensor([1.0, 0.0]), "count": torch.tensor(5)}}
+    before = {"a": torch.tensor([0.0, 2.0]), "count": torch.tensor(1)}
+    after = {"a": torch.tensor([1.0, 0.0]), "count": torch.tensor(5)}
     found = between(before, after, 0.25)
-    assert found["unet"]["a"].tolist() == [0.25, 1.5]
-    assert int(found["unet"]["count"]) == 5
+    assert found["a"].tolist() == [0.25, 1.5]
+    assert int(found["count"]) == 5

@@ -22,6 +22,7 @@ PredictionType = Literal["epsilon", "v_prediction"]
 Denoiser = Callable[[Tensor, Tensor, str], Tensor]
 Latents = Tensor | Iterable[Tensor]
 
+_NO_LATENTS = "There are no latents to compare on; give at least one prompt with at least one sample."
 TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
 
 
@@ -138,7 +139,7 @@ def _moved(base: Tensor, custom: Tensor) -> Tensor:
 def _divergence(moved: Mapping[str, Tensor], alphas_cumprod: Tensor, timesteps: Sequence[int]) -> FisherDivergence:
     """From prompt -> how far each picture moved at each timestep (n, t)."""
     if not moved or not all(len(x) for x in moved.values()):
-        raise ValueError("There are no latents to compare on; give at least one prompt with at least one sample.")
+        raise ValueError(_NO_LATENTS)
     weight = 1 / (1 - alphas_cumprod[list(timesteps)].cpu().double())
     score = {prompt: (x * weight).mean(1) for prompt, x in moved.items()}
     eps = {prompt: x.mean(1) for prompt, x in moved.items()}
@@ -163,7 +164,7 @@ def hash_seed(seed: int, place: int, timestep: int) -> int:
 
 def _check(latents: Mapping[str, Latents], alphas: Tensor, timesteps: Sequence[int], *kinds: str) -> None:
     if not latents or any(isinstance(x, Tensor) and len(x) == 0 for x in latents.values()):
-        raise ValueError("There are no latents to compare on; give at least one prompt with at least one sample.")
+        raise ValueError(_NO_LATENTS)
     if not timesteps or not all(0 <= t < len(alphas) for t in timesteps):
         raise ValueError(f"timesteps are {tuple(timesteps)}; each must lie in the schedule's 0 to {len(alphas) - 1}.")
     if bad := [kind for kind in kinds if kind not in ("epsilon", "v_prediction")]:

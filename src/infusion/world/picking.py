@@ -18,7 +18,7 @@ from transformers import CLIPTextModel
 from infusion.world.examination import answered, varied
 from infusion.world.judge import Judge
 from infusion.world.models import build_pipeline
-from infusion.world.runs import save_whole
+from infusion.world.runs import between, save_whole
 from infusion.world.truth import SCENE_HEADS
 
 BEST = "best.pt"
@@ -88,7 +88,7 @@ def keep_best(
     if begun is not None:
         start = {f"{part}.{name}": tensor for part, state in begun.items() for name, tensor in state.items()}
         for share in BLENDS:
-            blend = {name: torch.lerp(start[name].to(end), end, share) for name, end in top.items()}
+            blend = between(start, top, share)
             networks.load_state_dict(blend)
             scores[f"{share:g} of the way"] = score = inspect()
             if score > highest:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from infusion.world.grounding import BARS
 from infusion.world.models import LATENT_CHANNELS, LATENT_SIDE, build_autoencoder, build_text_encoder, build_unet
-from infusion.world.runs import read_log
+from infusion.world.runs import between, read_log
 from infusion.world.tokenizer import build_tokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -270,19 +270,6 @@ def _parts(starts: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
     return "; ".join(parts)
 
 
-def between(
-    before: dict[str, dict[str, Tensor]], after: dict[str, dict[str, Tensor]], share: float
-) -> dict[str, dict[str, Tensor]]:
-    """Weights, by part, on the straight line from those before a training, at 0, to those after it, at 1 (`picking.py`)."""
-    return {
-        part: {
-            name: torch.lerp(before[part][name].to(end), end, share) if end.is_floating_point() else end
-            for name, end in state.items()
-        }
-        for part, state in after.items()
-    }
-
-
 def _final(folder: Path) -> dict[str, dict[str, Tensor]]:
     return torch.load(folder / "final.pt", weights_only=True, map_location="cpu")
 
@@ -301,7 +288,8 @@ def main() -> None:
     args = parser.parse_args()
     final = _final(args.folder)
     if args.before:
-        final = between(_final(args.before), final, args.share)
+        before = _final(args.before)
+        final = {part: between(before[part], after, args.share) for part, after in final.items()}
     networks = {"vae": build_autoencoder(), "text_encoder": build_text_encoder(build_tokenizer()), "unet": build_unet()}
     for part, state in final.items():
         networks[part].load_state_dict(state)

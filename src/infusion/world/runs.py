@@ -163,6 +163,14 @@ def hardware(accelerator: Accelerator) -> str:
     return f"{platform.machine()}, {device}, {precision}, torch {torch.__version__}"
 
 
+def between(before: dict[str, Tensor], after: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Weights on the straight line from those before a training, at 0, to those after it, at 1; counts are those after it."""
+    return {
+        name: torch.lerp(before[name].to(end), end, share) if end.is_floating_point() else end
+        for name, end in after.items()
+    }
+
+
 def _processor() -> str:
     """The processor's name, as far as the system tells."""
     with suppress(OSError):
