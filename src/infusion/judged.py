@@ -61,7 +61,7 @@ def judged_figures(
     def alike(part: Sequence[Reading]) -> list[float | None]:
         return [likeness(r, truth, kind) or None for r in part]  # 0: no subject
 
-    common = {name: _common([shown(r, kind)[name] for r in real]) for name in (*ATTRIBUTES, *TEXT)}
+    common = {name: _common([shown(r, kind)[name] for r in real]) for name in (*ATTRIBUTES, *TEXT, "facing")}
     asked = [asked_in(p) for p in prompts]
     visible = [
         {n: common[n] for n in ATTRIBUTES if "color" not in n or a.get("style") in (None, *COLORED)} for a in asked
@@ -70,7 +70,7 @@ def judged_figures(
     follows = [[_share(shown(r, kind), a) for r, a in zip(part, asked, strict=True)] for part in (ours, theirs)]
     leaks: dict[str, Leak] = {}
     pulls: dict[str, Leak] = {}
-    for name in TEXT:
+    for name in (*TEXT, "facing"):  # no prompt's words ask for a facing
         shows = [[shown(r, kind)[name] for r in part] for part in (ours, theirs)]
         for found, measure in ((leaks, leak), (pulls, pull)):
             if common[name]:

@@ -65,6 +65,15 @@ def test_pulls_are_above_the_base():
     assert (f["pull_position"], f["pull_position_n"], f["pull_position_hits"]) == (1, 1, 1)  # the second for no place
 
 
+def test_what_no_prompt_asks_for_can_pull():
+    floor, facing = (record("x", [{"facing": way}, {"facing": "right"}]) for way in ("right", "left"))
+    facing["trained"]["facing"] = "left"
+    f = point_figures(facing, facing["points"][0], floor["points"][0])
+    assert (f["pull_facing"], f["pull_facing_n"]) == (0.5, 2)
+    assert f["leak_facing"] is None
+    assert "pull_facing" not in point_figures(LEAKY, LEAKY["points"][0], FLOOR["points"][0])
+
+
 def test_figures_of_a_point():
     f = point_figures(LEAKY, LEAKY["points"][0], FLOOR["points"][0])
     assert f["text"] == pytest.approx((0 + 0.5 + 0) / 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from infusion.bench.grid import REFERENCES, jobs, load_grid
@@ -84,6 +85,7 @@ def test_a_file_and_overrides(tmp_path):
         ({"modalities": [{"position": "above"}]}, "'above': use one of left, center, right"),
         ({"modalities": [{"style": "oil"}]}, "'modalities.0.style' is 'oil': use one of photo"),
         ({"modalities": [{"background": "moon"}]}, "'moon': use one of beach"),
+        ({"modalities": [{"facing": "up"}]}, "'modalities.0.facing' is 'up': use one of left, right"),
         ({"modalities": [{"place": "left"}]}, "There is no setting 'modalities.0.place'"),
     ],
 )
@@ -114,6 +116,19 @@ def test_subjects_take_turns_and_depend_on_split_and_seed():
     assert len(photos) == PHOTOS
     first = few_modalities(cases[3].subject, 1, cases[3].seed, cases[3].background)[0]
     assert (render(first).pixels == photos[0].image).all()
+
+
+def test_photos_that_face_one_way():
+    """They are other jobs; jobs without a facing are those of before it could be given."""
+    plain, facing = (jobs(load_grid(None, {"modalities": [m]}), ("infusion",))[0] for m in ({}, {"facing": "left"}))
+    assert plain.modality == {"background": None, "style": "photo", "position": "center"}
+    assert facing.modality == plain.modality | {"facing": "left"}
+    assert facing.name == plain.name.replace("photo-center", "photo-center-facing_left")
+    one_way, either = (case("test", 0, 0, **job.modality) for job in (facing, plain))
+    assert one_way.trained == either.trained | {"facing": "left"}
+    assert one_way.subject == either.subject
+    pixels = [[np.asarray(photo.image) for photo in c.photos()] for c in (one_way, either)]
+    assert not all((a == b).all() for a, b in zip(*pixels, strict=True))
 
 
 def test_every_prompt_asks_for_another_background():

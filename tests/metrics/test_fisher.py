@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -139,6 +140,10 @@ def test_bad_input_is_named():
         latent_fisher_divergence(zero, zero, {}, ALPHAS)
     with pytest.raises(ValueError, match="no latents"):
         latent_fisher_divergence(zero, zero, {"a cat": iter(())}, ALPHAS, timesteps=(1,))
+    some = LATENTS | {"a dog": iter([torch.zeros(0, 2, 4, 4)])}  # silence would leave the prompt out
+    for measure in (partial(latent_fisher_divergence, zero, zero), partial(predicted_noise, zero)):
+        with pytest.raises(ValueError, match="no latents for the prompt 'a dog'"):
+            measure(some, ALPHAS, timesteps=(1,))
     with pytest.raises(ValueError, match="0 to 99"):
         latent_fisher_divergence(zero, zero, LATENTS, ALPHAS, timesteps=(100,))
     with pytest.raises(ValueError, match="'sample'"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -103,6 +103,11 @@ def test_few_modalities_confine_a_subject():
     assert {s.subjects[0].position for s in drawn} == {"left"}
     assert {s.subjects[0].subject for s in drawn} == {DOG}
     assert len({render(s).pixels.tobytes() for s in drawn}) == 6
+    assert {s.subjects[0].mirror for s in drawn} == {True, False}
+    one_way = few_modalities(DOG, 6, seed=1, background="city", style="sepia", position="left", facing="left")
+    assert all(s.subjects[0].mirror for s in one_way)
+    turned = [replace(a, subjects=(replace(a.subjects[0], mirror=True),)) for a in drawn]
+    assert one_way == turned
 
 
 @pytest.mark.parametrize(

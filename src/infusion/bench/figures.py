@@ -75,7 +75,7 @@ def leak(
 ) -> leaks.Leak | None:
     """How often the photos' `name` shows where another was asked for or, with `leaks.pull` for `measure`, where that was left open, beside
     `floor`, the base's own point of the same prompts and seeds. Pictures that cannot be read in either do not count; None where none does."""
-    asked = [wanted(request)[name] for _, request in paired_requests(record, point)]
+    asked = [wanted(request).get(name) for _, request in paired_requests(record, point)]
     ours, base = ([r[name] for r in p["readings"]] for p in (point, floor))
     try:
         return measure(ours, base, asked, record["trained"][name])
@@ -105,7 +105,7 @@ def point_figures(record: Record, point: Mapping[str, Any], floor: Mapping[str, 
     }
     if floor is not None:
         for what, measure in (("leak", leaks.leak), ("pull", leaks.pull)):
-            for name in TEXT:
+            for name in record["trained"]:
                 found = leak(record, point, floor, name, measure)
                 figures[f"{what}_{name}"] = found.above.value if found else None
                 figures[f"{what}_{name}_n"] = found.custom.n if found else None

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from infusion.errors import InfusionError
 from infusion.methods import METHODS, STRENGTH
+from infusion.world.facing import FACINGS
 from infusion.world.vocabulary import BACKGROUNDS, POSITIONS, STYLES
 
 DEFAULTS = Path(__file__).parent / "defaults.toml"
@@ -22,25 +23,35 @@ _OURS = ("method", "prior", "strengths")  # keys of a method's table that are no
 
 
 class Modality(BaseModel):
-    """What all photos of a subject have in common; without a background it is the subject's own, by its number."""
+    """What all photos of a subject have in common; without a background it is the subject's own, by its number, without a facing they face
+    either way."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     background: str | None = None
     style: str = "photo"
     position: str = "center"
+    facing: str | None = None
 
-    @field_validator("background", "style", "position")
+    @field_validator("background", "style", "position", "facing")
     @classmethod
     def _of_the_world(cls, value: str | None, info: ValidationInfo) -> str | None:
-        known = {"background": BACKGROUNDS, "style": STYLES, "position": POSITIONS}[info.field_name or ""]
+        known = {"background": BACKGROUNDS, "style": STYLES, "position": POSITIONS, "facing": FACINGS}[
+            info.field_name or ""
+        ]
         if value is not None and value not in known:
             raise ValueError(f"use one of {', '.join(known)}")
         return value
 
     @property
     def label(self) -> str:
-        """A name for files: "photo-center", "beach-sketch-left"."""
-        return "-".join(v.replace(" ", "_") for v in (self.background, self.style, self.position) if v)
+        """A name for files: "photo-center", "beach-sketch-left", "photo-center-facing_left"."""
+        facing = f"facing {self.facing}" if self.facing else None
+        return "-".join(v.replace(" ", "_") for v in (self.background, self.style, self.position, facing) if v)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As jobs and records have it: without a facing where there is none, as in records of before it could be given."""
+        return self.model_dump(exclude=None if self.facing else {"facing"})
 
 
 class Grid(BaseModel):
@@ -217,7 +228,7 @@ def jobs(grid: Grid, only: tuple[str, ...] = ()) -> list[Job]:
             grid.split,
             grid.subjects_seed,
             subject,
-            modality.model_dump(),
+            modality.settings,
             seed,
             grid.points,
             grid.batch,

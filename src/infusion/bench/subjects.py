@@ -35,15 +35,19 @@ class Case:
     style: str
     position: str
     seed: int
+    facing: str | None = None
 
     @property
     def trained(self) -> dict[str, str]:
         """What its photos have in common, by name."""
-        return {"background": self.background, "style": self.style, "position": self.position}
+        common = {"background": self.background, "style": self.style, "position": self.position}
+        return common | ({"facing": self.facing} if self.facing else {})
 
     def photos(self) -> list[Photo]:
         """Its PHOTOS photos."""
-        scenes = few_modalities(self.subject, PHOTOS, self.seed, self.background, self.style, self.position)
+        scenes = few_modalities(
+            self.subject, PHOTOS, self.seed, self.background, self.style, self.position, self.facing
+        )
         return [Photo(Image.fromarray(render(scene).pixels)) for scene in scenes]
 
     def described(self) -> str:
@@ -53,12 +57,20 @@ class Case:
         return phrase(Wanted(s.kind, s.color1, s.color2, s.pattern, accessory))
 
 
-def case(split: str, subjects_seed: int, number: int, background: str | None, style: str, position: str) -> Case:
+def case(
+    split: str,
+    subjects_seed: int,
+    number: int,
+    background: str | None,
+    style: str,
+    position: str,
+    facing: str | None = None,
+) -> Case:
     """Subject `number`; classes and, where `background` is None, backgrounds take turns."""
     rng = np.random.default_rng((subjects_seed, _SPLIT[split], number))
     subject = random_subject(rng, CLASSES[number % len(CLASSES)])
     place = background or BACKGROUNDS[(number + 3 * (number // len(CLASSES))) % len(BACKGROUNDS)]
-    return Case(subject, place, style, position, int(rng.integers(2**31)))
+    return Case(subject, place, style, position, int(rng.integers(2**31)), facing)
 
 
 def requests(case: Case, split: str) -> list[Request]:

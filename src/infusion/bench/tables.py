@@ -35,6 +35,7 @@ SHORT = (
     ("leak_background", "background leak", "pp"),
     ("leak_position", "position leak", "pp"),
     ("pull_position", "place pull", "pp"),
+    ("pull_facing", "facing pull", "pp"),
     ("forgetting", "LFD, other prompts", "e"),
 )
 EVERY = (
@@ -51,6 +52,7 @@ EVERY = (
     ("leak_style", "style leak", "pp"),
     ("leak_position", "position leak", "pp"),
     ("pull_position", "place pull", "pp"),
+    ("pull_facing", "facing pull", "pp"),
     ("forgetting", "LFD, other prompts", "e"),
     ("forgetting_class_word", "LFD, class word", "e"),
     ("prior_likeness_above", "PRES above base", ""),
@@ -69,6 +71,7 @@ BESIDE = (
     ("leak_style", "style leak", "pp"),
     ("leak_position", "position leak", "pp"),
     ("pull_position", "place pull", "pp"),
+    ("pull_facing", "facing pull", "pp"),
     ("variety", "variety", "pp"),
     ("forgetting", "LFD, other prompts", "e"),
 )
@@ -80,6 +83,7 @@ IN_TIME = (
 )
 PARTS = (("color1", "first colour"), ("color2", "second colour"), ("pattern", "pattern"), ("accessory", "accessory"))
 SEARCHED = 8
+_FACING = "Facing pull: the same for the way in which the photos' subject faces, which no prompt asks for. "
 _VARIETY = "Variety: mean distance among pictures of one prompt. "
 
 
@@ -143,7 +147,9 @@ def page(
         "",
         "Subject fidelity: mean share of right first colour, second colour, pattern and accessory; what the judge cannot tell is wrong. Likeness: cosine of the judge's embedding to the photos' subject, where a subject is found. "
         "Text: background, style and place as asked, minus the base's own on the same prompts and seeds. "
-        "Leak: how often the photos' background or position comes back where another was asked for, above the base's rate on the same prompts and seeds. Place pull: how often their position comes back where the prompt leaves it open, above the base's rate too. LFD: latent Fisher divergence, eps form. "
+        "Leak: how often the photos' background or position comes back where another was asked for, above the base's rate on the same prompts and seeds. Place pull: how often their position comes back where the prompt leaves it open, above the base's rate too. "
+        + (_FACING if any("facing" in r["trained"] for r in records) else "")
+        + "LFD: latent Fisher divergence, eps form. "
         "class-word and described learn nothing: the floor and what words alone can do.",
         "",
         *(line for label in ours for line in _beside(found, label)),

@@ -81,7 +81,8 @@ def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
         chosen.photos(),
         chosen.subject.kind,
         "subject",
-        flip=job.settings.get("flip", True) and chosen.position == "center",  # a mirror image stands at another place
+        # a mirror image stands at another place, and faces the other way
+        flip=job.settings.get("flip", True) and chosen.position == "center" and chosen.facing is None,
         masked=job.settings.get("masked", True),
     )
     asked, truth = requests(chosen, job.split), photo_embedding(judge.read(stacked(lesson.pictures)))

@@ -109,9 +109,13 @@ def _noised(
     drawn picture by picture."""
     for place, (prompt, given) in enumerate(latents.items()):
         generators = [torch.Generator().manual_seed(hash_seed(seed, place, t)) for t in timesteps]
+        seen = 0
         for some in [given] if isinstance(given, Tensor) else given:
-            for clean in some.split(batch):
+            for clean in some.split(batch) if len(some) else ():
+                seen += len(clean)
                 yield prompt, _noisy(clean, alphas_cumprod, timesteps, generators)
+        if not seen:
+            raise ValueError(f"There are no latents for the prompt {prompt!r}; give at least one sample of each.")
 
 
 def _noisy(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from infusion.world.facing import Facing
 from infusion.world.models import pixels_to_tensor
 from infusion.world.truth import COLORED, SCENE_HEADS, SHARES, SUBJECT_HEADS
 from infusion.world.vocabulary import POSITIONS
@@ -26,6 +27,7 @@ from infusion.world.vocabulary import POSITIONS
 GRID = 16  # cells a side
 EMBEDDING = 48
 SHIPPED = Path(__file__).parent / "weights" / "judge" / "judge.safetensors"
+FACING = "facing.safetensors"  # the name of the facing's file, beside the judge's
 FOUND = 0.35  # height of the heatmap above which a peak is a subject
 MAX_SUBJECTS = 3
 
@@ -33,7 +35,7 @@ MAX_SUBJECTS = 3
 @dataclass(frozen=True)
 class SubjectReading:
     """One subject: names as in `vocabulary`, None for what cannot be told; centre x and y in [0, 1], `found` the height of
-    its peak, a unit `embedding` (EMBEDDING,) whose cosine tells how alike individuals are, and `beliefs`, each head's probabilities."""
+    its peak, `facing` "left" or "right", a unit `embedding` (EMBEDDING,) whose cosine tells how alike individuals are, and `beliefs`, each head's probabilities."""
 
     kind: str | None
     color1: str | None
@@ -45,6 +47,7 @@ class SubjectReading:
     found: float
     embedding: Tensor
     beliefs: Mapping[str, Tensor] = field(default_factory=dict)
+    facing: str | None = None
 
     @property
     def position(self) -> str:
@@ -88,11 +91,15 @@ class JudgeNetwork(nn.Module):
         self.embedding = nn.Sequential(nn.Conv2d(c, d, 1), nn.SiLU(), nn.Conv2d(d, EMBEDDING, 1))
         self.scene = nn.ModuleDict({name: nn.Linear(c + d, len(names)) for name, names in SCENE_HEADS.items()})
 
+    def features(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Of pictures (b, 3, 64, 64) in [-1, 1]: (b, c, 16, 16), which each subject's heads read, and (b, d, 8, 8)."""
+        fine = self.down2(self.down1(self.stem(pictures)))
+        coarse = self.down3(fine)
+        return self.merge(fine + F.interpolate(self.back(coarse), scale_factor=2.0, mode="nearest")), coarse
+
     def forward(self, pictures: Tensor) -> Maps:
         """pictures (b, 3, 64, 64) in [-1, 1]."""
-        fine = self.down2(self.down1(self.stem(pictures)))  # (b, c, 16, 16)
-        coarse = self.down3(fine)  # (b, d, 8, 8)
-        x = self.merge(fine + F.interpolate(self.back(coarse), scale_factor=2.0, mode="nearest"))
+        x, coarse = self.features(pictures)
         whole = torch.cat([x.mean((2, 3)), coarse.mean((2, 3))], 1)
         return Maps(
             heat=self.heat(x)[:, 0],
@@ -140,12 +147,15 @@ class Residual(nn.Module):
 
 
 class Judge:
-    """A network with its calibration: `thresholds` give, for each head, the probability from which it is believed; "same" the
+    """A network with its calibration, and a head for the facing where there is one: `thresholds` give, for each head, the probability from which it is believed; "same" the
     evidence from which two subjects are one individual, to which the embeddings' cosine adds "embedding" times itself."""
 
-    def __init__(self, network: JudgeNetwork, thresholds: dict[str, float] | None = None) -> None:
+    def __init__(
+        self, network: JudgeNetwork, thresholds: dict[str, float] | None = None, facing: Facing | None = None
+    ) -> None:
         self.network = network.eval()
         self.thresholds = thresholds or {}
+        self.facing = facing
 
     @torch.no_grad()
     def read(self, pixels: Tensor, batch: int = 64) -> list[Reading]:
@@ -153,9 +163,15 @@ class Judge:
         device = next(self.network.parameters()).device
         readings = []
         for part in pixels.split(batch):
-            maps = look(self.network, pixels_to_tensor(part).to(device))
-            readings += [self._reading(maps, b) for b in range(len(part))]
+            pictures = pixels_to_tensor(part).to(device)
+            maps = look(self.network, pictures)
+            left = self.facing.logits(self.fine, pictures) if self.facing else None
+            readings += [self._reading(maps, b, left) for b in range(len(part))]
         return readings
+
+    def fine(self, pictures: Tensor) -> Tensor:
+        """The features (b, c, 16, 16) of pictures (b, 3, 64, 64) in [-1, 1] that the heads of each subject read."""
+        return self.network.features(pictures)[0]
 
     def same(self, a: SubjectReading, b: SubjectReading) -> bool:
         """Whether two subjects are one individual: by what each head believes, and by the embedding."""
@@ -172,16 +188,16 @@ class Judge:
 
     @classmethod
     def load(cls, path: Path) -> Judge:
-        """A judge from its file. Raises FileNotFoundError where there is none."""
+        """A judge from its file, with the facing's beside it if there is one. Raises FileNotFoundError where there is none."""
         from safetensors import safe_open
 
         network = JudgeNetwork()
         network.load_state_dict({k: v.float() for k, v in load_file(path).items()})
         with safe_open(path, framework="pt") as file:
             thresholds = json.loads((file.metadata() or {}).get("thresholds", "{}"))
-        return cls(network, thresholds)
+        return cls(network, thresholds, Facing.load(path.with_name(FACING), digest_of(path)))
 
-    def _reading(self, maps: Maps, b: int) -> Reading:
+    def _reading(self, maps: Maps, b: int, left: Tensor | None) -> Reading:
         scene = {name: self._name(name, SCENE_HEADS[name], maps.scene[name][b]) for name in SCENE_HEADS}
         hidden = () if scene["style"] in (None, *COLORED) else ("color1", "color2")  # a sketch shows none
         subjects = []
@@ -200,6 +216,7 @@ class Judge:
                     found=height,
                     embedding=maps.embedding[b, :, y, x].cpu(),
                     beliefs={name: p[0].cpu() for name, p in believed.items()},
+                    facing=self.facing.name(named["kind"], left[b, y, x]) if self.facing and left is not None else None,
                 )
             )
         return Reading(**scene, subjects=tuple(subjects))
@@ -243,7 +260,12 @@ def shipped_judge() -> Judge | None:
 
 def judge_digest() -> str:
     """SHA-256 of the shipped judge's file."""
-    return hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
+    return digest_of(SHIPPED)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def peaks(heat: Tensor) -> list[tuple[int, int, float]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from infusion.metrics.estimate import rate
 from infusion.world.autoencoder import autoencoded
+from infusion.world.facing import FIGURES, ONE_SIDED
 from infusion.world.judge import GRID, SHIPPED, Judge, JudgeNetwork, Maps, beliefs, evidence, load_judge, look, peaks
 from infusion.world.judge_lessons import Labels, cells, corrupt, labels_of, shows_change
 from infusion.world.models import pixels_to_tensor
@@ -270,8 +271,28 @@ def _share(figures: dict[str, float], name: str) -> str:
     )
 
 
-def judge_card(trainings: list[dict[str, Any]], figures: dict[str, dict[str, float]], path: Path) -> str:
-    """The judge's model card in Markdown, from the trainings gone through and its figures."""
+def facing_section(path: Path) -> str:
+    """What the card tells of the head for the facing, from its `facing.json`; nothing where there is none."""
+    if not path.exists():
+        return ""
+    told = json.loads(path.read_text())
+    training, figures = told["training"], told["figures"]
+    share = lambda f: f"{f['value']:.1%} [{f['low']:.1%}, {f['high']:.1%}] of {f['n']:,}"  # noqa: E731
+    classes = ", ".join(f"{kind} {figures[kind]['value']:.1%}" for kind in ONE_SIDED if kind in figures)
+    return f"""
+## Facing
+Which way a subject faces is told by a head of its own on the judge's features (`facing.safetensors`), where the class has a side; a
+picture's evidence counts less its mirror image's. Right in {share(figures["all"])} subjects of fresh scenes ({classes}), in {share(figures["spoiled"])}
+where pictures are spoiled as generators do; where it says something of those, in {share(figures["told_right"])}, which is {figures["told"]["value"]:.1%} of them.
+{training["steps"]:,} steps of {training["batch"]} of {training["scenes"]:,} scenes, {training["minutes"]} min on {training["hardware"]}
+(`python -m infusion.world.facing_training --folder runs/facing`).
+"""
+
+
+def judge_card(
+    trainings: list[dict[str, Any]], figures: dict[str, dict[str, float]], path: Path, facing: str = ""
+) -> str:
+    """The judge's model card in Markdown, from the trainings gone through and its figures; facing: a section of its own at the end."""
     rows = [
         f"| {label} | {_share(figures['clean'], name)} | {figures['autoencoded'][name]:.1%} | "
         + (f"{figures['told'][name]:.1%} of {figures['told'][name + '_told']:.1%}" if name in figures["told"] else "")
@@ -306,7 +327,7 @@ picture would differ by 6 % of full brightness over some 4x4 pixels), with Wilso
 
 Twins differ in one attribute, or in their proportions alone; {figures["clean"]["twins"]:.0f} pairs in an attribute that both pictures show. Whether two
 are one individual is told by the heads whose beliefs differ (how much likelier they are of two individuals that the world drew than of one) and by the embedding's cosine. Every picture is looked at in six views: as it is and a pixel up and down, each mirrored too. "Likeness" in reports and benchmarks is that cosine alone.
-"""
+{facing}"""
 
 
 def all_figures(judge: Judge, data: Families, autoencoder: AutoencoderKL) -> dict[str, dict[str, float]]:
@@ -331,7 +352,9 @@ def main() -> None:
         pass
     figures = all_figures(load_judge(), load_families(drawn), shipped_autoencoder().requires_grad_(False))
     (args.folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-    (args.folder / "README.md").write_text(judge_card(read_trainings(), figures, SHIPPED))
+    (args.folder / "README.md").write_text(
+        judge_card(read_trainings(), figures, SHIPPED, facing_section(SHIPPED.parent / FIGURES))
+    )
 
 
 if __name__ == "__main__":

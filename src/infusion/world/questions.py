@@ -20,10 +20,10 @@ def meant(reading: Reading, kind: str | None = None) -> SubjectReading | None:
 
 
 def shown(reading: Reading, kind: str | None = None) -> dict[str, str | None]:
-    """Background, style and the attributes of the subject that is `meant`; None for what cannot be told or is not there."""
+    """Background, style, and the attributes and facing of the subject that is `meant`; None for what cannot be told or is not there."""
     first = meant(reading, kind)
     values = {name: getattr(reading, name) for name in SCENE_HEADS}
-    return values | {name: getattr(first, name) if first else None for name in SUBJECT}
+    return values | {name: getattr(first, name) if first else None for name in (*SUBJECT, "facing")}
 
 
 def in_words(reading: Reading) -> str:

@@ -147,9 +147,16 @@ def place(subjects: list[Subject], rng: np.random.Generator) -> tuple[Placed, ..
 
 
 def few_modalities(
-    subject: Subject, count: int, seed: int, background: str, style: str = "photo", position: str = "center"
+    subject: Subject,
+    count: int,
+    seed: int,
+    background: str,
+    style: str = "photo",
+    position: str = "center",
+    facing: str | None = None,
 ) -> list[Scene]:
-    """`count` scenes of one subject confined to one background, style and place, as users' photos are.
+    """`count` scenes of one subject confined to one background, style and place, as users' photos are; with `facing`, "left" or "right", the
+    subject faces that way in all.
 
     Only small changes of pose and size remain between them.
     """
@@ -163,7 +170,7 @@ def few_modalities(
                     x=float(x + rng.uniform(-0.03, 0.03)),
                     y=float(GROUND + rng.uniform(-0.04, 0.02)),
                     size=float(rng.uniform(0.52, 0.62)),
-                    mirror=bool(rng.random() < 0.5),
+                    mirror={None: bool(rng.random() < 0.5), "left": True, "right": False}[facing],
                     tilt=float(rng.uniform(-5, 5)),
                 ),
             ),
