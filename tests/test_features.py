@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
@@ -225,6 +226,24 @@ def test_judged_figures():
     assert found.preservation.value == pytest.approx(sum(of_class) / 2)
     assert found.preservation_above.value == pytest.approx((of_class[0] - of_class[1]) / 2)
     assert (found.pulls["position"].custom.n, found.pulls["position"].unread) == (1, 1)  # the third shows nothing
+
+
+def test_a_facing_pulls_wherever_most_photos_share_it():
+    def facing(way):
+        return Reading("snow", "photo", (replace(reading("dog", "red"), facing=way),))
+
+    left, right, unsure = facing("left"), facing("right"), facing(None)
+    judge = lambda photos: Told([left, left, unsure], [left, right, right], photos, [left], [right])  # noqa: E731
+    parts = (
+        *(pictures(3, i) for i in range(3)),
+        ["a photo of a dog in the snow"] * 3,
+        (pictures(1, 3), pictures(1, 4)),
+    )
+    found = judged_figures(judge([left, left, right]), *parts, 3)
+    assert "facing" not in found.leaks  # no prompt asks for one
+    pulled = found.pulls["facing"]
+    assert (pulled.custom.value, pulled.base.value, pulled.unread) == (1, 0.5, 1)
+    assert "facing" not in judged_figures(judge([left, right, unsure]), *parts, 3).pulls
 
 
 def test_a_sketch_is_not_asked_for_colours():
