@@ -18,7 +18,7 @@ from infusion.world.vocabulary import BACKGROUNDS, CLASSES
 def test_the_defaults_hold_every_method():
     grid = load_grid()
     todo = jobs(grid)
-    assert len(todo) == grid.subjects * len(grid.methods)
+    assert len(todo) == 20 * len(grid.methods)
     assert len({job.name for job in todo}) == len(todo)
     assert {job.label for job in todo if job.strengths == (0.5,)} == {"dreambooth-lora", "custom-diffusion"}
     assert {job.label for job in todo if job.strengths == (1.0, 0.5)} == {"infusion-published"}
@@ -48,6 +48,12 @@ def test_a_job_tells_all_that_decides_it(tmp_path):
     assert len(names) == 5
 
 
+def test_subjects_by_their_numbers():
+    some, first = (jobs(load_grid(None, {"subjects": given}), ("infusion",)) for given in ([5, 2], 6))
+    assert [job.subject for job in some] == [5, 2]
+    assert [job.name for job in some] == [first[5].name, first[2].name]
+
+
 def test_a_file_and_overrides(tmp_path):
     (tmp_path / "own.toml").write_text("subjects = 3\nseeds = [0, 1]\n[methods.infusion]\nlearning_rate = 0.01\n")
     grid = load_grid(tmp_path / "own.toml", {"points": [5, 10], "methods.infusion.masked": False})
@@ -65,7 +71,10 @@ def test_a_file_and_overrides(tmp_path):
         ({"subjects.x": 1}, "'subjects' has no keys"),
         ({"modalities.style": "sketch"}, "'modalities' has no keys"),
         ({"subject": 3}, "There is no setting 'subject'; use one of split, subjects_seed"),
-        ({"subjects": 0}, "greater than or equal to 1"),
+        *(
+            ({"subjects": bad}, "'subjects' is .*: give how many, from 1 on, or the numbers")
+            for bad in (0, [], [1, 1], [-1], ["0"], 2.0, True)
+        ),
         ({"subjects_seed": -1}, "greater than or equal to 0"),
         ({"seeds": [0, 1, 0]}, "0 is there twice; give each once"),
         ({"methods.dreambooth.prior": "32"}, "prior is '32'; give a whole number of pictures, 0 for none"),

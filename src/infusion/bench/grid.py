@@ -55,14 +55,14 @@ class Modality(BaseModel):
 
 
 class Grid(BaseModel):
-    """The benchmark's settings; `defaults.toml` explains each. methods: label -> settings of the method's configuration, with
+    """The benchmark's settings; `defaults.toml` explains each. subjects: how many, or which by their numbers. methods: label -> settings of the method's configuration, with
     `method` where the label is not the method's name, `prior`, the number of pictures of the class that it preserves, and `strengths`, at
     each of which what was learned is drawn."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     split: Literal["dev", "test"]
     subjects_seed: int = Field(ge=0)
-    subjects: int = Field(ge=1)
+    subjects: tuple[int, ...]
     seeds: tuple[int, ...] = Field(min_length=1)
     points: tuple[int, ...] = Field(min_length=1)
     batch: int = Field(ge=1)
@@ -70,6 +70,15 @@ class Grid(BaseModel):
     denoising_steps: int = Field(ge=1)
     modalities: tuple[Modality, ...] = Field(min_length=1)
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
+
+    @field_validator("subjects", mode="before")
+    @classmethod
+    def _numbered(cls, subjects: Any) -> tuple[int, ...]:
+        numbers = range(subjects) if type(subjects) is int else subjects
+        whole = isinstance(numbers, range | list | tuple) and all(type(n) is int and n >= 0 for n in numbers)
+        if not whole or not numbers or len(set(numbers)) < len(numbers):
+            raise ValueError("give how many, from 1 on, or the numbers of different ones from 0 on, as in [0, 3]")
+        return tuple(numbers)
 
     @field_validator("points")
     @classmethod
@@ -235,7 +244,7 @@ def jobs(grid: Grid, only: tuple[str, ...] = ()) -> list[Job]:
             grid.pictures,
             grid.denoising_steps,
         )
-        for subject in range(grid.subjects)
+        for subject in grid.subjects
         for modality in grid.modalities
         for seed in grid.seeds
         for label, settings in chosen.items()
