@@ -136,6 +136,8 @@ def test_photos_that_face_one_way():
     one_way, either = (case("test", 0, 0, **job.modality) for job in (facing, plain))
     assert one_way.trained == either.trained | {"facing": "left"}
     assert one_way.subject == either.subject
+    with pytest.raises(InfusionError, match="Subject 4 is a teddy bear, which faces neither way"):
+        case("test", 0, 4, **facing.modality)
     pixels = [[np.asarray(photo.image) for photo in c.photos()] for c in (one_way, either)]
     assert not all((a == b).all() for a, b in zip(*pixels, strict=True))
 

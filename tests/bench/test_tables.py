@@ -52,3 +52,17 @@ def test_the_page(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("tables*")) == ["tables.md"]
     assert "](" not in (tmp_path / "tables.md").read_text()
     assert Image.open(tmp_path / "trial-run-000.jpg").width > 90
+
+
+def test_photos_that_face_one_way_say_so(tmp_path):
+    floor, ours = (
+        record(label, [{"facing": way}] * 2) for label, way in (("class-word", "right"), ("infusion", "left"))
+    )
+    plain = write_benchmark([floor, ours], tmp_path, pictures=False).read_text()
+    assert "facing" not in plain
+    for r in (floor, ours):
+        r["trained"]["facing"] = "left"
+    text = write_benchmark([floor, ours], tmp_path, pictures=False).read_text()
+    assert "style and position, facing one way; every" in text
+    assert "Facing pull:" in text
+    assert "| facing pull |" in text

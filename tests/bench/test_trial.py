@@ -11,6 +11,9 @@ import torch
 from infusion.bench import trial
 from infusion.bench.figures import point_figures
 from infusion.bench.grid import jobs, load_grid
+from infusion.errors import InfusionError
+from infusion.lesson import prepare_lesson
+from infusion.world.facing import Facing, FacingHead
 from infusion.world.judge import Judge, JudgeNetwork
 
 SMALL = {"points": [1, 2], "batch": 1, "pictures": 1, "denoising_steps": 1, "subjects": 1}
@@ -52,6 +55,28 @@ def test_a_job(label, guess, monkeypatch):
     assert (last["bytes"] > 0) == (label != "class-word")
     if label == "class-word":
         assert last["w2"] == pytest.approx(0, abs=1e-6)
+
+
+def test_photos_that_face_one_way_are_not_mirrored(guess, monkeypatch):
+    monkeypatch.setattr(trial, "load_judge", lambda: guess)
+    flips = []
+
+    def prepare(*args, flip, **kwargs):
+        flips.append(flip)
+        return prepare_lesson(*args, flip=flip, **kwargs)
+
+    monkeypatch.setattr(trial, "prepare_lesson", prepare)
+    either, left = (
+        jobs(load_grid(None, SMALL | {"modalities": [m]}), ("class-word",))[0] for m in ({}, {"facing": "left"})
+    )
+    with pytest.raises(InfusionError, match="head for the facing is missing"):
+        trial.run_job(left)
+    monkeypatch.setattr(guess, "facing", Facing(FacingHead(), threshold=0.5))
+    record = trial.run_job(left, threads=torch.get_num_threads())
+    trial.run_job(either, threads=torch.get_num_threads())
+    assert flips == [False, True]
+    assert record["trained"]["facing"] == "left"
+    assert {r["facing"] for r in record["points"][0]["readings"]} <= {"left", "right", None}
 
 
 def test_a_jobs_peak_of_memory_is_its_own():

@@ -67,10 +67,11 @@ def sheets(records: Sequence[Record], docs: Path, page: str = "benchmark") -> li
             docs / name, quality=85
         )
         s, t = rows[0]["subject"], rows[0]["trained"]
+        facing = [f"facing {t['facing']}"] if "facing" in t else []
         accessory = "" if s["accessory"] == "none" else f" with a {s['accessory']}"
         made.append(
             (
-                f"a {s['pattern']} {s['color1']} and {s['color2']} {s['kind']}{accessory}, photographed: {t['background']}, {t['position']}",
+                f"a {s['pattern']} {s['color1']} and {s['color2']} {s['kind']}{accessory}, photographed: {', '.join((t['background'], t['position'], *facing))}",
                 name,
             )
         )

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from infusion.errors import InfusionError
 from infusion.photos import Photo
+from infusion.world.facing import ONE_SIDED
 from infusion.world.requests import Request, Wanted, phrase
 from infusion.world.scenes import few_modalities, render
 from infusion.world.subjects import Subject, random_subject
@@ -66,9 +68,14 @@ def case(
     position: str,
     facing: str | None = None,
 ) -> Case:
-    """Subject `number`; classes and, where `background` is None, backgrounds take turns."""
+    """Subject `number`; classes and, where `background` is None, backgrounds take turns. Raises InfusionError for a facing of a class that has
+    no side."""
     rng = np.random.default_rng((subjects_seed, _SPLIT[split], number))
     subject = random_subject(rng, CLASSES[number % len(CLASSES)])
+    if facing and subject.kind not in ONE_SIDED:
+        raise InfusionError(
+            f"Subject {number} is a {subject.kind}, which faces neither way; with a facing give numbers of a {', '.join(ONE_SIDED)}."
+        )
     place = background or BACKGROUNDS[(number + 3 * (number // len(CLASSES))) % len(BACKGROUNDS)]
     return Case(subject, place, style, position, int(rng.integers(2**31)), facing)
 

@@ -124,6 +124,7 @@ def page(
     places = [wanted(request)["position"] for request in records[0]["requests"]]
     hours = sum(r["seconds"] for r in records) / 3600
     ours = _ours(records)
+    facing = any("facing" in r["trained"] for r in records)
     jobs = "1 job" if left_out == 1 else f"{left_out} jobs"
     waiting = (
         f"; {jobs} of subjects that not every method has learned yet {'is' if left_out == 1 else 'are'} left out"
@@ -134,7 +135,7 @@ def page(
         f"# {name.replace('-', ' ').capitalize()}",
         "",
         f"{len(records)} jobs on {len(subjects)} subjects of the world's {job['split']} split, base `{records[0]['base'][:12]}`; {hours:.1f} hours of one worker in all{waiting}. "
-        "Every subject is learned from four photos that show it in one background, style and position; every prompt asks for another background, most for another style or position. "
+        f"Every subject is learned from four photos that show it in one background, style and position{', facing one way' if facing else ''}; every prompt asks for another background, most for another style or position. "
         "What a picture shows is read by the judge (`docs/world.md`). Same hands made world, judge, base and methods: the figures hold for this world.",
         "",
         "Built by `infusion bench report`; run by `infusion bench run`. Intervals are Student's over subjects, 95 %; n is the number of subjects; of one there is no interval. Another figure without one is the same for every subject. "
@@ -148,7 +149,7 @@ def page(
         "Subject fidelity: mean share of right first colour, second colour, pattern and accessory; what the judge cannot tell is wrong. Likeness: cosine of the judge's embedding to the photos' subject, where a subject is found. "
         "Text: background, style and place as asked, minus the base's own on the same prompts and seeds. "
         "Leak: how often the photos' background or position comes back where another was asked for, above the base's rate on the same prompts and seeds. Place pull: how often their position comes back where the prompt leaves it open, above the base's rate too. "
-        + (_FACING if any("facing" in r["trained"] for r in records) else "")
+        + (_FACING if facing else "")
         + "LFD: latent Fisher divergence, eps form. "
         "class-word and described learn nothing: the floor and what words alone can do.",
         "",

@@ -27,6 +27,7 @@ import infusion
 from infusion.base import load_base
 from infusion.bench.grid import Job
 from infusion.bench.subjects import Case, case, requests
+from infusion.errors import InfusionError
 from infusion.evaluation import forgetting, predictions
 from infusion.generation import generate
 from infusion.judged import likeness, photo_embedding, stacked
@@ -76,6 +77,10 @@ def run_job(job: Job, threads: int = 1) -> dict[str, Any]:
     start = time.monotonic()
     pipe, judge = _base(), load_judge()
     chosen = case(job.split, job.subjects_seed, job.subject, **job.modality)
+    if chosen.facing and judge.facing is None:
+        raise InfusionError(
+            "The judge's head for the facing is missing or another judge's; train it with infusion.world.facing_training."
+        )
     lesson = prepare_lesson(
         pipe,
         chosen.photos(),
@@ -219,8 +224,9 @@ def peak_memory() -> int | None:
 def forget_peak() -> None:
     """Begin this process's peak of memory anew, so that it is a job's own and not that of all its worker's. What malloc kept of what was freed
     goes back first: with the Makefile's settings it keeps all."""
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):  # not every C library has it, and Windows finds none by None
         ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 

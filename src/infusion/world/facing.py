@@ -1,6 +1,6 @@
 """Which way a subject faces: a small head on the judge's features (trained by `facing_training.py`).
 
-Its answer for a picture is its evidence there minus that for the mirror image, so a picture that is its own mirror image faces nowhere.
+What it says at a place of a picture is its evidence there minus that at the same place of the mirror image: turned around, it answers the opposite.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 FACINGS = ("left", "right")
-# Classes of which the outline tells; a teddy bear, house or robot looks straight ahead.
+# Classes whose outline is another one in the mirror, by about a tenth of its area or more; a house's and a robot's by 4 %, a teddy bear's not at all.
 ONE_SIDED = ("dog", "cat", "bird", "fish", "car", "boat", "mug")
-FIGURES = "facing.json"  # the name of what its training and its figures were, beside the judge's card
+FILE = "facing.safetensors"  # its name, beside the judge's file
+FIGURES = "facing.json"  # beside them: its training and its figures, as the judge's card tells them
 FEATURES = 96  # channels of the judge's features
 
 

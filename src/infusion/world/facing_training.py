@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,18 +23,19 @@ from torch import Tensor
 
 from infusion.metrics.estimate import rate
 from infusion.world.arrays import draw_arrays, load_arrays
-from infusion.world.facing import FIGURES, ONE_SIDED, Facing, FacingHead
-from infusion.world.judge import FACING, Judge, judge_digest, load_judge
+from infusion.world.autoencoder import autoencoded
+from infusion.world.facing import FIGURES, FILE, ONE_SIDED, Facing, FacingHead
+from infusion.world.judge import Judge, judge_digest, load_judge
 from infusion.world.judge_figures import believed_from
 from infusion.world.judge_lessons import cells, corrupt
 from infusion.world.models import pixels_to_tensor
 from infusion.world.release import shipped_autoencoder
 from infusion.world.runs import Run, build_accelerator, check_same, generator_of, hardware, log
 from infusion.world.scenes import SIDE, Rendered, random_scene, render
-from infusion.world.twins import MAX_SUBJECTS, truth
+from infusion.world.twins import MAX_SUBJECTS, differs, truth
 from infusion.world.vocabulary import CLASSES
 
-_LEAST = 0.06  # of full brightness, over some 4x4 pixels; less does not show, as for the judge's other figures
+CHECKPOINT = "facing.pt"
 _LAYOUT = {
     "pixels": (np.uint8, (SIDE, SIDE, 3)),
     "centre": (np.float32, (MAX_SUBJECTS, 2)),  # x and y in cells; nan where no facing is to be told
@@ -68,9 +69,14 @@ class Sides:
     kind: Tensor
 
     @property
-    def right(self) -> Tensor:
-        """Whether each answer is right (n,)."""
+    def correct(self) -> Tensor:
+        """Whether each answer is (n,)."""
         return (self.logits > 0) == self.left
+
+    @property
+    def sure(self) -> Tensor:
+        """The probability of each answer (n,), 0.5 at least."""
+        return self.logits.abs().sigmoid()
 
 
 def draw_scenes(seed: int, start: int, count: int) -> dict[str, np.ndarray]:
@@ -92,12 +98,10 @@ def draw_scenes(seed: int, start: int, count: int) -> dict[str, np.ndarray]:
 
 
 def shows_side(drawn: Rendered, index: int) -> bool:
-    """Whether the picture would differ if its subject `index` faced the other way."""
+    """Whether the picture would look otherwise if its subject `index` faced the other way."""
     scene = drawn.scene
     turned = [replace(p, mirror=p.mirror ^ (i == index)) for i, p in enumerate(scene.subjects)]
-    other = render(replace(scene, subjects=tuple(turned))).pixels.astype(np.float32)
-    difference = np.abs(other - drawn.pixels).mean(-1) / 255
-    return bool(difference.reshape(SIDE // 4, 4, SIDE // 4, 4).mean((1, 3)).max() >= _LEAST)
+    return differs(render(replace(scene, subjects=tuple(turned))).pixels, drawn.pixels)
 
 
 def read_sides(judge: Judge, facing: Facing, data: dict[str, np.ndarray], rows: np.ndarray, pictures: Tensor) -> Sides:
@@ -121,7 +125,7 @@ def train_facing(
     if autoencoder is not None:
         autoencoder.to(device)
     optimizer = torch.optim.AdamW(facing.head.parameters(), config.learning_rate, weight_decay=0.01)
-    run = Run(facing.head, optimizer, config, folder / "facing.pt")
+    run = Run(facing.head, optimizer, config, folder / CHECKPOINT)
     while run.unfinished:
         rng = np.random.default_rng((config.seed, run.step))
         rows = np.sort(rng.choice(len(data["pixels"]), config.batch, replace=False))
@@ -129,7 +133,8 @@ def train_facing(
         sides = read_sides(
             judge, facing, data, rows, corrupt(pictures, autoencoder, rng, config.corrupted, generator_of(rng))
         )
-        loss = F.binary_cross_entropy_with_logits(sides.logits, sides.left.float())
+        loss = F.binary_cross_entropy_with_logits(sides.logits, sides.left.float(), reduction="sum")
+        loss = loss / max(1, len(sides.left))  # a small batch may hold no subject that has a side
         run.update(loss, accelerator)
         yield run.step, run.seconds, float(loss.detach())
     run.finish()
@@ -141,27 +146,29 @@ def examine_facing(
     judge: Judge,
     facing: Facing,
     data: dict[str, np.ndarray],
-    autoencoder: AutoencoderKL | None = None,
-    share: float = 0.0,
+    spoil: Callable[[Tensor], Tensor] = lambda pictures: pictures,
     batch: int = 64,
 ) -> Sides:
-    """`read_sides` over all of `data`, a `share` of it spoiled as generators do."""
-    parts, rng = [], np.random.default_rng(0)
+    """`read_sides` over all of `data`; spoil: what is done to pictures (n, 3, h, w) before they are read."""
+    parts = []
     for i in range(0, len(data["pixels"]), batch):
         rows = np.arange(i, min(i + batch, len(data["pixels"])))
         pictures = pixels_to_tensor(torch.from_numpy(data["pixels"][rows]))
-        parts.append(
-            read_sides(judge, facing, data, rows, corrupt(pictures, autoencoder, rng, share, generator_of(rng)))
-        )
+        parts.append(read_sides(judge, facing, data, rows, spoil(pictures)))
     return Sides(*(torch.cat([getattr(p, name) for p in parts]) for name in ("logits", "left", "kind")))
 
 
-def facing_figures(clean: Sides, spoiled: Sides, threshold: float) -> dict[str, Any]:
-    """Share of right answers with Wilson's interval and what it was counted over: over all, by class, on spoiled pictures, and there where
-    the head is believed; `told`, how often it is."""
-    sure = torch.maximum(spoiled.logits.sigmoid(), 1 - spoiled.logits.sigmoid()) >= threshold
-    counted = {"all": clean.right, "spoiled": spoiled.right, "told_right": spoiled.right[sure], "told": sure}
-    counted |= {kind: clean.right[clean.kind == CLASSES.index(kind)] for kind in ONE_SIDED}
+def facing_figures(clean: Sides, coded: Sides, threshold: float) -> dict[str, Any]:
+    """Share of right answers with Wilson's interval and what it was counted over: of pictures as drawn, "clean" and by class, and of
+    autoencoded ones, "autoencoded" and, where the head is believed, "told"; "believed", how often it is."""
+    believed = coded.sure >= threshold
+    counted = {
+        "clean": clean.correct,
+        "autoencoded": coded.correct,
+        "told": coded.correct[believed],
+        "believed": believed,
+    }
+    counted |= {kind: clean.correct[clean.kind == CLASSES.index(kind)] for kind in ONE_SIDED}
     found = {name: asdict(rate(hits)) for name, hits in counted.items() if len(hits)}
     return {name: {key: round(value, 4) for key, value in figure.items()} for name, figure in found.items()}
 
@@ -185,8 +192,8 @@ def main() -> None:
         for _ in draw_arrays(args.folder / part, _LAYOUT, count, partial(draw_scenes, seed)):
             pass
         drawn[part] = load_arrays(args.folder / part, _LAYOUT)
+    torch.manual_seed(config.seed)
     judge, autoencoder, facing = load_judge(), shipped_autoencoder().requires_grad_(False), Facing(FacingHead())
-    step, seconds = 0, 0.0
     for step, seconds, loss in train_facing(
         facing, judge, drawn["train"], autoencoder, args.folder, config, accelerator
     ):
@@ -194,17 +201,20 @@ def main() -> None:
             log(args.folder, stage="facing", step=step, seconds=round(seconds), loss=round(loss, 4))
     for network in (judge.network, autoencoder, facing.head):
         network.cpu()
-    sides = examine_facing(judge, facing, drawn["calibration"], autoencoder, config.corrupted)
-    sure = torch.maximum(sides.logits.sigmoid(), 1 - sides.logits.sigmoid())
-    facing = replace(facing, threshold=round(believed_from(sure, sides.right, 0.995), 4))
-    test = [examine_facing(judge, facing, drawn["test"], autoencoder, share) for share in (0.0, config.corrupted)]
-    figures = facing_figures(*test, facing.threshold)
-    facing.save(args.folder / FACING, judge_digest())
+    rng = np.random.default_rng(0)
+    spoiled = lambda pictures: corrupt(pictures, autoencoder, rng, config.corrupted, generator_of(rng))  # noqa: E731
+    sides = examine_facing(judge, facing, drawn["calibration"], spoiled)
+    facing = replace(facing, threshold=round(believed_from(sides.sure, sides.correct, 0.995), 4))
+    clean = examine_facing(judge, facing, drawn["test"])
+    coded = examine_facing(judge, facing, drawn["test"], partial(autoencoded, autoencoder))
+    figures = facing_figures(clean, coded, facing.threshold)
+    facing.save(args.folder / FILE, judge_digest())
+    trained = torch.load(args.folder / CHECKPOINT, weights_only=True)
     training = {
         "scenes": config.drawn,
-        "steps": step,
+        "steps": trained["step"],
         "batch": config.batch,
-        "minutes": round(seconds / 60),
+        "minutes": round(trained["seconds"] / 60),
         "hardware": hardware(accelerator),
     }
     (args.folder / FIGURES).write_text(json.dumps({"training": training, "figures": figures}, indent=1) + "\n")

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from infusion.world.facing import FILE as FACING_FILE
 from infusion.world.facing import Facing
 from infusion.world.models import pixels_to_tensor
 from infusion.world.truth import COLORED, SCENE_HEADS, SHARES, SUBJECT_HEADS
@@ -27,7 +28,6 @@ from infusion.world.vocabulary import POSITIONS
 GRID = 16  # cells a side
 EMBEDDING = 48
 SHIPPED = Path(__file__).parent / "weights" / "judge" / "judge.safetensors"
-FACING = "facing.safetensors"  # the name of the facing's file, beside the judge's
 FOUND = 0.35  # height of the heatmap above which a peak is a subject
 MAX_SUBJECTS = 3
 
@@ -161,6 +161,8 @@ class Judge:
     def read(self, pixels: Tensor, batch: int = 64) -> list[Reading]:
         """Read pictures (n, 64, 64, 3) uint8."""
         device = next(self.network.parameters()).device
+        if self.facing:
+            self.facing.head.to(device)
         readings = []
         for part in pixels.split(batch):
             pictures = pixels_to_tensor(part).to(device)
@@ -195,7 +197,7 @@ class Judge:
         network.load_state_dict({k: v.float() for k, v in load_file(path).items()})
         with safe_open(path, framework="pt") as file:
             thresholds = json.loads((file.metadata() or {}).get("thresholds", "{}"))
-        return cls(network, thresholds, Facing.load(path.with_name(FACING), digest_of(path)))
+        return cls(network, thresholds, Facing.load(path.with_name(FACING_FILE), digest_of(path)))
 
     def _reading(self, maps: Maps, b: int, left: Tensor | None) -> Reading:
         scene = {name: self._name(name, SCENE_HEADS[name], maps.scene[name][b]) for name in SCENE_HEADS}

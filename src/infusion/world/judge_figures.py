@@ -281,11 +281,11 @@ def facing_section(path: Path) -> str:
     classes = ", ".join(f"{kind} {figures[kind]['value']:.1%}" for kind in ONE_SIDED if kind in figures)
     return f"""
 ## Facing
-Which way a subject faces is told by a head of its own on the judge's features (`facing.safetensors`), where the class has a side; a
-picture's evidence counts less its mirror image's. Right in {share(figures["all"])} subjects of fresh scenes ({classes}), in {share(figures["spoiled"])}
-where pictures are spoiled as generators do; where it says something of those, in {share(figures["told_right"])}, which is {figures["told"]["value"]:.1%} of them.
+Which way a subject faces is told by a head of its own on the judge's features (`facing.safetensors`), for classes whose outline is another one
+in the mirror. Read at the true centres of fresh scenes, where the picture shows it at all, it is right for {share(figures["clean"])} subjects ({classes}); of
+autoencoded pictures for {share(figures["autoencoded"])}, and where it says something of those for {share(figures["told"])}, which is {figures["believed"]["value"]:.1%} of them.
 {training["steps"]:,} steps of {training["batch"]} of {training["scenes"]:,} scenes, {training["minutes"]} min on {training["hardware"]}
-(`python -m infusion.world.facing_training --folder runs/facing`).
+(`python -m infusion.world.facing_training --folder runs/facing --minutes {training["minutes"]}`).
 """
 
 
@@ -352,9 +352,8 @@ def main() -> None:
         pass
     figures = all_figures(load_judge(), load_families(drawn), shipped_autoencoder().requires_grad_(False))
     (args.folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-    (args.folder / "README.md").write_text(
-        judge_card(read_trainings(), figures, SHIPPED, facing_section(SHIPPED.parent / FIGURES))
-    )
+    facing = facing_section(SHIPPED.parent / FIGURES) if load_judge().facing else ""
+    (args.folder / "README.md").write_text(judge_card(read_trainings(), figures, SHIPPED, facing))
 
 
 if __name__ == "__main__":

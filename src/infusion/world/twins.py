@@ -62,17 +62,21 @@ def twin_of(subject: Subject, change: str, rng: np.random.Generator) -> Subject:
             return replace(subject, **{change: value})
 
 
-def tellable(scene: Scene, index: int, head: str, pixels: np.ndarray, least: float = 0.06) -> bool:
+def tellable(scene: Scene, index: int, head: str, pixels: np.ndarray) -> bool:
     """Whether the picture of the scene, `pixels`, shows the attribute `head` of its subject `index` at all: with any other
-    value it would differ by at least `least` of full brightness, on average over some 4x4 pixels."""
+    value it would look otherwise (`differs`)."""
     now = getattr(scene.subjects[index].subject, head)
     for value in SUBJECT_HEADS[head]:
-        if value != now:
-            other = render(with_subject(scene, index, **{head: value})).pixels
-            difference = np.abs(other.astype(np.float32) - pixels).mean(-1) / 255
-            if difference.reshape(SIDE // 4, 4, SIDE // 4, 4).mean((1, 3)).max() < least:
-                return False
+        if value != now and not differs(render(with_subject(scene, index, **{head: value})).pixels, pixels):
+            return False
     return True
+
+
+def differs(a: np.ndarray, b: np.ndarray, least: float = 0.06) -> bool:
+    """Whether two pictures (SIDE, SIDE, 3) uint8 differ by at least `least` of full brightness, on average over some 4x4 pixels: less does
+    not show."""
+    difference = np.abs(a.astype(np.float32) - b).mean(-1) / 255
+    return bool(difference.reshape(SIDE // 4, 4, SIDE // 4, 4).mean((1, 3)).max() >= least)
 
 
 def build_families(
