@@ -80,6 +80,30 @@ def test_a_concept_and_a_folder(pipe, tmp_path):
         assert torch.equal(latents(custom, "a dog"), latents(rebuilt(pipe, unet=unet), "a dog"))
 
 
+def test_an_embedding_of_xls_two_text_encoders(xl, pipe, tmp_path):
+    vectors = {"clip_g": 0.1 * torch.randn(2, 12), "clip_l": 0.1 * torch.randn(2, 8)}
+    save_file(vectors, tmp_path / "milo.safetensors")
+    loaded = load_adapter(tmp_path / "milo.safetensors", "dog")
+    assert loaded.subject == "a <milo>"
+    before = latents(xl, "a <milo> here")
+    with loaded.attached(xl) as custom:
+        ids = [
+            [t.convert_tokens_to_ids(x) for x in ("<milo>", "<milo>_1")] for t in (custom.tokenizer, custom.tokenizer_2)
+        ]
+        both = (custom.text_encoder, vectors["clip_l"]), (custom.text_encoder_2, vectors["clip_g"])
+        for (encoder, expected), known in zip(both, ids, strict=True):
+            assert torch.equal(encoder.get_input_embeddings().weight[known], expected)
+        assert not torch.equal(latents(custom, "a <milo> here"), before)
+    assert torch.equal(latents(xl, "a <milo> here"), before)
+    save_file({"<rex>": torch.zeros(1, 8)}, tmp_path / "one.safetensors")  # the other encoder would read letters
+    for file, base, message in (
+        ("one.safetensors", xl, r"holds 1 embedding\(s\), the base has 2 .* both, clip_l and clip_g"),
+        ("milo.safetensors", pipe, r"holds 2 embedding\(s\), the base has 1"),
+    ):
+        with pytest.raises(InfusionError, match=message), load_adapter(tmp_path / file, "dog").attached(base):
+            pass
+
+
 def test_what_is_none_of_them_is_refused(pipe, tmp_path):
     refused = partial(pytest.raises, InfusionError)
     with refused(match="There is no file"):

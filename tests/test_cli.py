@@ -79,6 +79,10 @@ def test_train_then_generate(run, photos, tmp_path):
     assert code == 0, said
     assert "after 1 steps at rate 0.02 at all timesteps" in said
     assert not (tmp_path / "rex.masks.png").exists()
+    Image.new("RGB", (8, 8)).save(tmp_path / "rex.masks.png")  # of a <rex> that was here before
+    code, said = run("train", *beside, "--steps", 1, "--batch", 2)
+    assert code == 0, said
+    assert not (tmp_path / "rex.masks.png").exists()
     code, said = run("generate", "a dog", *common)
     assert code == 0, said
     assert len(list(pictures.glob("0*.png"))) == 6, "earlier pictures are kept"

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 from diffusers import (
+    DEISMultistepScheduler,
     EDMEulerScheduler,
     LatentConsistencyModelPipeline,
     PNDMScheduler,
@@ -73,6 +74,15 @@ def test_every_scheduler_draws_with_concepts(pipe, name):
     assert all(len(generate(pipe, ["a dog"], [0], steps)) == 1 for steps in (1, 3))
     with infusion.attach(pipe, random_concept(pipe.unet)):
         assert not latents(pipe, "a <milo>").equal(latents(pipe, "a dog"))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_base_that_draws_by_deis_takes_every_scheduler(pipe, name):
+    """Its configuration names an algorithm and a solver that no other knows."""
+    told = {**pipe.scheduler.config, "algorithm_type": "deis", "solver_type": "logrho"}  # as a checkpoint's file does
+    pipe.scheduler = DEISMultistepScheduler.from_config(told)
+    pipe.scheduler = scheduler_for(pipe, name)
+    assert len(generate(pipe, ["a dog"], [0], 3)) == 1
 
 
 def test_solvers_of_one_equation_draw_one_picture(base, monkeypatch):

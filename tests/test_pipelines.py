@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import types
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -201,6 +203,27 @@ def test_siblings_made_before_and_inside(pipe, milo):
     for p in (earlier, later, pipe):
         assert not vars(p).keys() & {"encode_prompt", "maybe_free_model_hooks"}
     assert DiffusionPipeline.register_modules is _stock_register
+
+
+def test_a_sibling_of_one_request_is_let_go_of(pipe, milo):
+    with infusion.attach(pipe, milo):
+        sibling = StableDiffusionImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.float32)
+        assert "encode_prompt" in vars(sibling)
+        gone = weakref.ref(sibling)
+        del sibling
+        gc.collect()
+        assert gone() is None
+        assert not torch.equal(latents(pipe, "a <milo>"), latents(pipe, "a dog"))
+    assert not vars(pipe).keys() & {"encode_prompt", "maybe_free_model_hooks"}
+
+
+def test_encoded_prompts_keep_no_gradients(pipe, milo):
+    prompts = ["a <milo> here", "a cat"]
+    with infusion.attach(pipe, milo):
+        one = infusion.encode(pipe, prompts, negative_prompt="blurry")  # one for all, as diffusers' XL takes it
+        each = infusion.encode(pipe, prompts, negative_prompt=["blurry"] * 2)
+        assert not any(states.requires_grad for states in one.values())
+        assert all(torch.equal(states, each[name]) for name, states in one.items())
 
 
 def test_controlnet_and_inpainting(pipe, milo):

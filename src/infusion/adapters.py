@@ -26,6 +26,8 @@ from infusion.methods.textual_inversion import with_word
 from infusion.offloading import offloaded
 from infusion.streams import execution_device, require_unet
 
+FOR_XL = ("clip_l", "clip_g")  # an SDXL embedding's tensors, in the order of its text encoders
+
 
 def load_adapter(path: str | Path, word: str, subject: str | None = None, prediction: str | None = None) -> Adapter:
     """The adapter in a file or folder. word: the subject's class word. subject: how prompts call it; by default "a <name>"
@@ -63,9 +65,9 @@ def load_adapter(path: str | Path, word: str, subject: str | None = None, predic
         return ConceptAdapter(called, concept, as_learned)
     if any("lora" in key for key in shapes):
         return LoraFile(subject or f"a {word}", path)
-    if len(shapes) == 1 and 1 <= len(next(iter(shapes.values()))) <= 2:
+    if (len(shapes) == 1 or shapes.keys() == set(FOR_XL)) and all(1 <= len(s) <= 2 for s in shapes.values()):
         token = next(iter(shapes))
-        token = token if token != "emb_params" else f"<{path.stem}>"
+        token = f"<{path.stem}>" if token in ("emb_params", *FOR_XL) else token
         return EmbeddingFile(_naming(subject, token), path, token)
     raise InfusionError(
         f"{str(path)!r} is neither a concept nor a LoRA nor an embedding ({len(shapes)} tensors such as {next(iter(shapes), 'none')!r}); "
@@ -97,21 +99,29 @@ class LoraFile:
 
 @dataclass(frozen=True)
 class EmbeddingFile:
-    """A textual-inversion embedding for `token`."""
+    """A textual-inversion embedding for `token`, or one for each of XL's two text encoders."""
 
     subject: str
     path: Path
     token: str
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The embedding."""
+        """The embedding, or both."""
         return load_file(self.path)
 
     @contextmanager
     def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        """A pipeline with a tokenizer and a text encoder of its own. Raises InfusionError for another width."""
+        """A pipeline with tokenizers and text encoders of its own. Raises InfusionError for another width, and for a base that has more or fewer
+        text encoders than it has embeddings: the others would read the token as letters."""
+        found = self.tensors()
+        encoders = 2 if getattr(pipe, "text_encoder_2", None) is not None else 1
+        if len(found) != encoders:
+            raise InfusionError(
+                f"{str(self.path)!r} holds {len(found)} embedding(s), the base has {encoders} text encoder(s); give a file with "
+                + ("both, clip_l and clip_g, as SDXL's have." if encoders == 2 else "one, of this base.")
+            )
         try:
-            custom = with_word(pipe, self.token, next(iter(self.tensors().values())))
+            custom = with_word(pipe, self.token, *(found[key] for key in (FOR_XL if encoders == 2 else found)))
         except (RuntimeError, ValueError) as error:
             raise _misfit(self.path, error) from None
         yield custom

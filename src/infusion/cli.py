@@ -189,8 +189,11 @@ def train(
         out = free(out.with_stem(f"{out.stem}-interrupted"))
     path = kept.adapter.concept.save(out)
     write_checkups(path, checkups)
+    overlay = path.with_name(path.name.removesuffix(".safetensors") + OVERLAYS)  # milo.v1 and milo.v2 are two
     if shown:
-        shown.save(path.with_name(path.stem + OVERLAYS))
+        shown.save(overlay)
+    else:  # one of a concept that was here before
+        overlay.unlink(missing_ok=True)
     if now.stopped:
         say.print(now.stopped)
     learned, limit = kept.adapter.concept.settings, kept.adapter.concept.max_timestep

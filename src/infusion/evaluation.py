@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from infusion.errors import InfusionError
 from infusion.features import FeatureFigures, Features, Lpips, LpipsFigures, feature_figures, left_out, lpips_figures
 from infusion.generation import Picture, Progress, denoiser, generate, of_each
 from infusion.judged import JudgedFigures, judged_figures
-from infusion.lesson import Lesson, check_noise, encode_pictures, prepare_lesson
+from infusion.lesson import Lesson, encode_pictures, prepare_lesson
 from infusion.methods.interface import Adapter, rebuilt
 from infusion.metrics.estimate import Estimate, bootstrap, jackknife, paired
 from infusion.metrics.fisher import FisherDivergence, divergence, predicted_noise
@@ -34,6 +34,7 @@ from infusion.metrics.moments import Moments
 from infusion.metrics.similarity import cosines, nearest, spread
 from infusion.metrics.wasserstein import GaussianW2, empirical_w2, gaussian_w2, principal
 from infusion.photos import Photo
+from infusion.schedulers import scheduler_for
 from infusion.world.judge import Judge
 from infusion.world.tokenizer import class_words
 
@@ -152,9 +153,7 @@ def evaluate(
     Raises InfusionError for an adapter of another base.
     """
     config, told = config or EvaluateConfig(), progress or (lambda *_: None)
-    check_noise(pipe)
-    solver = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe = rebuilt(pipe, scheduler=solver)
+    pipe = rebuilt(pipe, scheduler=scheduler_for(pipe, "dpm++"))
     texts, seeds = of_each(config.prompts, config.seeds, config.seed)
     others = unrelated(config.others, word)
     if not others:
@@ -166,14 +165,19 @@ def evaluate(
         on_step = lambda a, b: told(label, a, b)  # noqa: E731
         return generate(pipe, prompts, seeds, config.steps, config.guidance_scale, config.batch, on_step=on_step)
 
+    def by_adapter(label: str, prompts: list[str], seeds: list[int]) -> list[Picture]:
+        with adapter.attached(pipe) as custom:  # its pipeline, which may be a whole other base, is let go of here
+            return drawn(label, custom, prompts, seeds)
+
     def by_base(label: str, prompts: list[str], seeds: list[int]) -> list[Picture]:
         return kept(album, pipe, prompts, seeds, settings, lambda: drawn(label, pipe, prompts, seeds))
 
     settings = {name: getattr(config, name) for name in ("steps", "guidance_scale", "batch")}
     seconds: dict[str, float] = {}
-    with _timed(seconds, "the adapter's pictures"), adapter.attached(pipe) as custom:
-        # first, so that an adapter of another base is refused before any work
-        ours = drawn("Drawing with the adapter", custom, [t.replace("{}", adapter.subject) for t in texts], seeds)
+    with _timed(
+        seconds, "the adapter's pictures"
+    ):  # first, so that an adapter of another base is refused before any work
+        ours = by_adapter("Drawing with the adapter", [t.replace("{}", adapter.subject) for t in texts], seeds)
     plain = [t.replace("{}", f"a {word}") for t in texts]
     generic = f"a photo of a {word} in the city"
     other_texts = [p for p in (*others, generic) for _ in range(config.other_seeds)]
@@ -182,8 +186,10 @@ def evaluate(
         other_seeds = [config.seed + i for i in range(len(other_texts))]
         other = by_base("Drawing other prompts with the base", other_texts, other_seeds)
     with _timed(seconds, "the class word's pictures"):
-        of_class = other[-config.other_seeds :]
-        classes = _of_class(drawn, adapter, pipe, of_class) if spaces or judge else ([], [])
+        of_class = other[-config.other_seeds :] if spaces or judge else []
+        asked = [p.prompt for p in of_class], [p.seed for p in of_class]
+        again = by_adapter("Drawing the class", *asked) if of_class else []
+        classes = [p.image for p in again], [p.image for p in of_class]
     told("Measuring", 0, 1)
     with _timed(seconds, "photos and latents"):
         lesson = prepare_lesson(pipe, photos, word, "subject", flip=False)
@@ -225,15 +231,6 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.monotonic()
     yield
     seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - start
-
-
-def _of_class(
-    drawn: Callable[..., list[Picture]], adapter: Adapter, pipe: DiffusionPipeline, base: Sequence[Picture]
-) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Pictures of the plain class word by the adapter, and the base's of the same prompt and seeds."""
-    with adapter.attached(pipe) as custom:
-        ours = drawn("Drawing the class", custom, [p.prompt for p in base], [p.seed for p in base])
-    return [p.image for p in ours], [p.image for p in base]
 
 
 def verdict(f: Figures) -> tuple[str, ...]:

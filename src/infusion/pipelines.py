@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -58,14 +59,15 @@ def attach(
     return Attachment(pipe, concepts, two_streams, strength or {})
 
 
+@torch.no_grad()
 def encode(pipe: DiffusionPipeline, prompt: str | list[str], **kwargs: Any) -> dict[str, Tensor]:
-    """Encode prompts with `<name>` for those who pass `prompt_embeds` themselves.
+    """Encode prompts with `<name>` for those who pass `prompt_embeds` themselves; without gradients.
 
         with infusion.attach(pipe, milo):
             states = infusion.encode(pipe, ["a <milo>", "a cat"], negative_prompt="blurry")
             pipe(**states).images
 
-    Further arguments are those of the pipeline's `encode_prompt`. Returns the keyword arguments for the
+    Further arguments are those of the pipeline's `encode_prompt`; a single negative prompt holds for all. Returns the keyword arguments for the
     pipeline's call. The tensors are recognized by identity: pass them on as they are; a copy, and what was made elsewhere, is drawn without a concept, with a warning.
     """
     session = _Session.open.get(id(require_unet(pipe)))
@@ -77,6 +79,10 @@ def encode(pipe: DiffusionPipeline, prompt: str | list[str], **kwargs: Any) -> d
         "do_classifier_free_guidance": True,
         **kwargs,
     }
+    if isinstance(prompt, list) and isinstance(
+        given.get("negative_prompt"), str
+    ):  # Stable Diffusion's own wants as many
+        given["negative_prompt"] = [given["negative_prompt"]] * len(prompt)
     encoded = pipe.encode_prompt(prompt, **given)
     session.ended(pipe)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -150,9 +156,8 @@ class _Session:
         self.unet = unet
         self.streams = Streams(unet)
         self.attachments: list[Attachment] = []
-        self.pipelines: list[DiffusionPipeline] = []
-        # id of a pipeline -> what it had of _REPLACED itself, not from its class
-        self.own: dict[int, dict[str, Any]] = {}
+        # The pipelines that understand names -> what each had of _REPLACED itself, not from its class. A server may build one for every request.
+        self.own: WeakKeyDictionary[DiffusionPipeline, dict[str, Any]] = WeakKeyDictionary()
 
     @classmethod
     def of(cls, unet: nn.Module) -> _Session:
@@ -177,18 +182,18 @@ class _Session:
         if self.attachments:
             return
         self.streams.remove()
-        for pipe in self.pipelines:
+        for pipe, own in self.own.items():
             for method in _REPLACED:
                 pipe.__dict__.pop(method, None)
-            pipe.__dict__.update(self.own[id(pipe)])
+            pipe.__dict__.update(own)
         del self.open[id(self.unet)]
         _watch_new_pipelines(bool(self.open))
 
     def adopt(self, pipe: DiffusionPipeline) -> None:
         """Let `pipe` understand names from now on."""
-        if any(p is pipe for p in self.pipelines) or not hasattr(pipe, "encode_prompt"):
+        if pipe in self.own or not hasattr(pipe, "encode_prompt"):
             return
-        self.own[id(pipe)] = {method: pipe.__dict__[method] for method in _REPLACED if method in pipe.__dict__}
+        self.own[pipe] = {method: pipe.__dict__[method] for method in _REPLACED if method in pipe.__dict__}
         stock = pipe.encode_prompt
         # The class's, for the arguments' names: a method of the pipeline's own may take (*args, **kwargs).
         signature = inspect.signature(functools.partial(type(pipe).encode_prompt, pipe))
@@ -209,7 +214,6 @@ class _Session:
                 self._check_followed(plan)
 
         pipe.encode_prompt, pipe.maybe_free_model_hooks = encode_prompt, maybe_free_model_hooks
-        self.pipelines.append(pipe)
 
     def begun(self, plan: Plan) -> None:
         """A call of the plan's caller follows it until it ends; a call inside it, by a callback, is another."""
@@ -314,7 +318,8 @@ class _Session:
 
     def _refresh(self) -> None:
         """Later attachments go before earlier ones of the same name."""
-        device = execution_device(self.pipelines[0])
+        alive = next(iter(self.own), None)
+        device = execution_device(alive) if alive else next(self.unet.parameters()).device
         last = {name: c for a in self.attachments for name, c in a.concepts.items()}
         self.streams.residuals = {
             name: {path: r.to(device) for path, r in c.residuals.items()} for name, c in last.items()

@@ -28,6 +28,10 @@ SCHEDULERS: dict[str, Any] = {
 }
 
 
+# What a base's own configuration says otherwise of another scheduler, under the same key: DEIS has an algorithm that DPM++ has not.
+_OWN = {"dpm++": {"algorithm_type": "dpmsolver++"}}
+
+
 def check_scheduler(name: str) -> None:
     """Raise InfusionError for a name that is none of `SCHEDULERS`."""
     if name not in SCHEDULERS:
@@ -40,4 +44,4 @@ def scheduler_for(pipe: DiffusionPipeline, name: str) -> SchedulerMixin:
     check_scheduler(name)
     check_noise(pipe)
     # Where a base does not say it: some clip to [-1, 1] by default, as suits pixels and ruins latents.
-    return SCHEDULERS[name].from_config({"clip_sample": False, **pipe.scheduler.config})
+    return SCHEDULERS[name].from_config({"clip_sample": False, **pipe.scheduler.config, **_OWN.get(name, {})})

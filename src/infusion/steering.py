@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from infusion.config import check_prompts, hold_types
@@ -34,6 +34,7 @@ from infusion.methods.interface import Adapter, MethodState, rebuilt
 from infusion.metrics.estimate import Estimate, rate
 from infusion.metrics.similarity import centroids, cosines, spread
 from infusion.offloading import take_back
+from infusion.schedulers import scheduler_for
 from infusion.streams import require_unet
 
 QUANTILE = 0.9  # of the base's own likeness to the photos; above it lies a repeat
@@ -197,7 +198,7 @@ class _Watch:
     sets of seeds, so that two in a row are not wrong for the same pictures' sake."""
 
     def __init__(self, pipe: DiffusionPipeline, lesson: Lesson, config: SteerConfig, told: Progress) -> None:
-        self.pipe = rebuilt(pipe, scheduler=DPMSolverMultistepScheduler.from_config(pipe.scheduler.config))
+        self.pipe = rebuilt(pipe, scheduler=scheduler_for(pipe, "dpm++"))
         self.config, self.lesson, self.told = config, lesson, told
         found = lesson if lesson.masked else replace(lesson, masks=attention_masks(lesson, require_unet(pipe)))
         self.outside = found.outside()

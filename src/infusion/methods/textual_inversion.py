@@ -59,12 +59,19 @@ class WordEmbedding:
         yield with_word(pipe, self.token, self.embedding.detach())
 
 
-def with_word(pipe: DiffusionPipeline, token: str, embedding: Tensor) -> DiffusionPipeline:
-    """A pipeline with a tokenizer and a text encoder of its own that has loaded the embedding the way diffusers does; raises what
-    diffusers raises where it does not fit."""
-    parts = {name: copy.deepcopy(getattr(pipe, name)) for name in ("tokenizer", "text_encoder")}
+def with_word(pipe: DiffusionPipeline, token: str, *embeddings: Tensor) -> DiffusionPipeline:
+    """A pipeline with tokenizers and text encoders of its own that have loaded the embeddings, one for each, the way diffusers does; raises what
+    diffusers raises where one does not fit."""
+    ends = ("", "_2")[: len(embeddings)]
+    parts = {
+        f"{name}{end}": copy.deepcopy(getattr(pipe, f"{name}{end}"))
+        for name in ("tokenizer", "text_encoder")
+        for end in ends
+    }
     custom = rebuilt(pipe, **parts)
-    custom.load_textual_inversion({token: embedding}, token=token)
+    for embedding, end in zip(embeddings, ends, strict=True):
+        encoder, tokenizer = parts[f"text_encoder{end}"], parts[f"tokenizer{end}"]
+        custom.load_textual_inversion({token: embedding}, token=token, text_encoder=encoder, tokenizer=tokenizer)
     if device := offloaded(pipe):  # diffusers takes the place where the text encoder lies for the one where it works
         offload(custom, device)
     return custom
