@@ -58,11 +58,15 @@ def test_photos_that_face_one_way_say_so(tmp_path):
     floor, ours = (
         record(label, [{"facing": way}] * 2) for label, way in (("class-word", "right"), ("infusion", "left"))
     )
-    plain = write_benchmark([floor, ours], tmp_path, pictures=False).read_text()
+    plain = write_benchmark([floor, ours], tmp_path).read_text()
+    with Image.open(tmp_path / "benchmark.png") as drawn:
+        usual = drawn.width
     assert "facing" not in plain
     for r in (floor, ours):
         r["trained"]["facing"] = "left"
-    text = write_benchmark([floor, ours], tmp_path, pictures=False).read_text()
+    text = write_benchmark([floor, ours], tmp_path).read_text()
+    with Image.open(tmp_path / "benchmark.png") as drawn:
+        assert drawn.width > 1.2 * usual  # one panel more, in a column of its own
     assert "style and position, facing one way; every" in text
     assert "Facing pull:" in text
     assert "| facing pull |" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ PLOTS = (
     ("leak_background", "background leak above the base's"),
     ("leak_position", "position leak above the base's"),
     ("pull_position", "place pull above the base's, where the prompt leaves it open"),
+    ("pull_facing", "pull to the photos' facing above the base's"),
     ("forgetting", "latent Fisher divergence, other prompts"),
     ("text", "text followed"),
     ("seconds", "seconds to learn"),
@@ -24,7 +26,8 @@ PLOTS = (
 
 
 def plot(found: dict, path: Path) -> None:
-    """Fidelity against leak, divergence, text and time: one colour a method, dashed where it is drawn at part of its strength."""
+    """Fidelity against leak, pull, divergence, text and time, as far as the records have them: one colour a method, dashed where it is drawn at
+    part of its strength."""
     try:
         import matplotlib
     except ImportError:
@@ -32,11 +35,17 @@ def plot(found: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, grid = plt.subplots(2, 3, figsize=(17, 8.4), constrained_layout=True)
+    told = [
+        (name, label) for name, label in PLOTS if any(pooled(p, name) for by in found.values() for p in by.values())
+    ]
+    columns = math.ceil(len(told) / 2)
+    figure, grid = plt.subplots(2, columns, figsize=(2 + 5 * columns, 8.4), constrained_layout=True, squeeze=False)
     axes = grid.flatten()
+    for empty in axes[len(told) :]:
+        empty.set_axis_off()
     methods = list(dict.fromkeys(row.partition(" at ")[0] for row in found))  # as `row_label` names them
     colors = plt.get_cmap("tab10" if len(methods) <= 10 else "tab20")
-    for axis, (name, label) in zip(axes, PLOTS, strict=True):
+    for axis, (name, label) in zip(axes, told, strict=False):
         for row, by_samples in found.items():
             points = [(pooled(by_samples[s], name), pooled(by_samples[s], "fidelity")) for s in sorted(by_samples)]
             xy = [(x.value, y.value) for x, y in points if x and y]
