@@ -174,9 +174,7 @@ def evaluate(
 
     settings = {name: getattr(config, name) for name in ("steps", "guidance_scale", "batch")}
     seconds: dict[str, float] = {}
-    with _timed(
-        seconds, "the adapter's pictures"
-    ):  # first, so that an adapter of another base is refused before any work
+    with _timed(seconds, "the adapter's pictures"):  # first: one of another base is refused before any work
         ours = by_adapter("Drawing with the adapter", [t.replace("{}", adapter.subject) for t in texts], seeds)
     plain = [t.replace("{}", f"a {word}") for t in texts]
     generic = f"a photo of a {word} in the city"

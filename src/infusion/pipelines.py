@@ -79,10 +79,9 @@ def encode(pipe: DiffusionPipeline, prompt: str | list[str], **kwargs: Any) -> d
         "do_classifier_free_guidance": True,
         **kwargs,
     }
-    if isinstance(prompt, list) and isinstance(
-        given.get("negative_prompt"), str
-    ):  # Stable Diffusion's own wants as many
-        given["negative_prompt"] = [given["negative_prompt"]] * len(prompt)
+    negative = given.get("negative_prompt")
+    if isinstance(prompt, list) and isinstance(negative, str):  # Stable Diffusion's own wants as many
+        given["negative_prompt"] = [negative] * len(prompt)
     encoded = pipe.encode_prompt(prompt, **given)
     session.ended(pipe)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")

@@ -35,11 +35,9 @@ class Modality(BaseModel):
     @field_validator("background", "style", "position", "facing")
     @classmethod
     def _of_the_world(cls, value: str | None, info: ValidationInfo) -> str | None:
-        known = {"background": BACKGROUNDS, "style": STYLES, "position": POSITIONS, "facing": FACINGS}[
-            info.field_name or ""
-        ]
-        if value is not None and value not in known:
-            raise ValueError(f"use one of {', '.join(known)}")
+        known = {"background": BACKGROUNDS, "style": STYLES, "position": POSITIONS, "facing": FACINGS}
+        if value is not None and value not in (names := known[info.field_name or ""]):
+            raise ValueError(f"use one of {', '.join(names)}")
         return value
 
     @property
@@ -55,8 +53,8 @@ class Modality(BaseModel):
 
 
 class Grid(BaseModel):
-    """The benchmark's settings; `defaults.toml` explains each. subjects: how many, or which by their numbers. methods: label -> settings of the method's configuration, with
-    `method` where the label is not the method's name, `prior`, the number of pictures of the class that it preserves, and `strengths`, at
+    """The benchmark's settings; `defaults.toml` explains each. subjects: how many, or which by their numbers. methods: label -> settings of
+    the method's configuration, with `method` where the label is not the method's name, `prior`, the number of pictures of the class that it preserves, and `strengths`, at
     each of which what was learned is drawn."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -35,9 +35,8 @@ def plot(found: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    told = [
-        (name, label) for name, label in PLOTS if any(pooled(p, name) for by in found.values() for p in by.values())
-    ]
+    every = [point for by_samples in found.values() for point in by_samples.values()]
+    told = [(name, label) for name, label in PLOTS if any(pooled(point, name) for point in every)]
     columns = math.ceil(len(told) / 2)
     figure, grid = plt.subplots(2, columns, figsize=(2 + 5 * columns, 8.4), constrained_layout=True, squeeze=False)
     axes = grid.flatten()
