@@ -132,7 +132,7 @@ def train(
     replaced with what lies beside it, another file never."""
     with progress("Loading the base model") as told:
         from infusion.base import best_device, load_base
-        from infusion.concept import Concept, refuse_others
+        from infusion.concept import Concept, beside, refuse_others
         from infusion.generation import free
         from infusion.lesson import mask_overlays, prepare_lesson
         from infusion.methods.infusion import infusion
@@ -189,7 +189,7 @@ def train(
         out = free(out.with_stem(f"{out.stem}-interrupted"))
     path = kept.adapter.concept.save(out)
     write_checkups(path, checkups)
-    overlay = path.with_name(path.name.removesuffix(".safetensors") + OVERLAYS)  # milo.v1 and milo.v2 are two
+    overlay = beside(path, OVERLAYS)
     if shown:
         shown.save(overlay)
     else:  # one of a concept that was here before

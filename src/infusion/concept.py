@@ -221,6 +221,12 @@ class Concept:
         return Concept(self.name, self.word, on_grid(self.residuals, scheme), self.settings, self.base)
 
 
+def beside(path: Path, ending: str) -> Path:
+    """What lies beside a concept's or another adapter's file: milo.safetensors -> milo.masks.png. Only that ending is taken off, since milo.v1
+    and milo.v2 are two."""
+    return path.with_name(path.name.removesuffix(".safetensors") + ending)
+
+
 def refuse_others(path: Path) -> None:
     """Raise InfusionError where a file lies at `path` that is no concept: writing one would lose it."""
     if not path.is_file():

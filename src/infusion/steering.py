@@ -25,6 +25,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from infusion.concept import beside
 from infusion.config import check_prompts, hold_types
 from infusion.errors import InfusionError
 from infusion.evaluation import OTHERS, PROMPTS, forgetting, unrelated
@@ -37,6 +38,7 @@ from infusion.offloading import take_back
 from infusion.schedulers import scheduler_for
 from infusion.streams import require_unet
 
+CHECKUPS = ".checkups.json"  # how the file ends that holds them, beside the adapter's
 QUANTILE = 0.9  # of the base's own likeness to the photos; above it lies a repeat
 OTHER_SEEDS = 500  # added for every other look; `of_each` leaves room for that many pictures of a prompt
 NEAR = 1 / 6  # of the picture's side: subjects nearer to each other than this stand at the same place
@@ -278,7 +280,7 @@ class _Watch:
 def write_checkups(adapter: Path, checkups: Sequence[Mapping[str, Any]]) -> Path | None:
     """Keep a training's checkups beside its file, where `infusion evaluate` finds them: milo.checkups.json. Without any, those of an earlier
     training of that name are removed."""
-    path = _checkups_path(adapter)
+    path = beside(adapter, CHECKUPS)
     if not checkups:
         path.unlink(missing_ok=True)
         return None
@@ -286,16 +288,11 @@ def write_checkups(adapter: Path, checkups: Sequence[Mapping[str, Any]]) -> Path
     return path
 
 
-def _checkups_path(adapter: Path) -> Path:
-    """Beside the adapter's file; only the usual ending is taken off, since milo.v1 and milo.v2 are two."""
-    return adapter.with_name(adapter.name.removesuffix(".safetensors") + ".checkups.json")
-
-
 def read_checkups(adapter: Path) -> list[dict[str, Any]]:
     """The checkups beside an adapter's file; none where there are none. Raises InfusionError for a damaged file."""
     if adapter.is_dir():
         return []
-    path = _checkups_path(adapter)
+    path = beside(adapter, CHECKUPS)
     if not path.exists():
         return []
     try:

@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from infusion.world.models import half_weights
+
 FACINGS = ("left", "right")
 # Classes whose outline is another one in the mirror, by about a tenth of its area or more; a house's and a robot's by 4 %, a teddy bear's not at all.
 ONE_SIDED = ("dog", "cat", "bird", "fish", "car", "boat", "mug")
@@ -56,8 +58,7 @@ class Facing:
 
     def save(self, path: Path, judge: str) -> Path:
         """One safetensors file, weights in fp16; judge: the digest of the judge whose features it reads."""
-        state = {name: value.detach().half().contiguous() for name, value in self.head.state_dict().items()}
-        save_file(state, path, metadata={"threshold": str(self.threshold), "judge": judge})
+        save_file(half_weights(self.head), path, metadata={"threshold": str(self.threshold), "judge": judge})
         return path
 
     @classmethod

@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from infusion.metrics.estimate import rate
-from infusion.world.arrays import draw_arrays, load_arrays
+from infusion.world.arrays import draw_arrays, load_arrays, stacked
 from infusion.world.autoencoder import autoencoded
 from infusion.world.facing import FIGURES, FILE, ONE_SIDED, Facing, FacingHead
 from infusion.world.judge import Judge, judge_digest, load_judge
@@ -84,17 +84,16 @@ def draw_scenes(seed: int, start: int, count: int) -> dict[str, np.ndarray]:
     rows: dict[str, list] = {name: [] for name in _LAYOUT}
     for index in range(start, start + count):
         drawn = render(random_scene(np.random.default_rng((seed, 31, index))))
-        told = truth(drawn)
-        for s, placed in enumerate(drawn.scene.subjects):
-            if placed.subject.kind not in ONE_SIDED or not shows_side(drawn, s):
+        told, placed = truth(drawn), drawn.scene.subjects
+        for s, p in enumerate(placed):
+            if p.subject.kind not in ONE_SIDED or not shows_side(drawn, s):
                 told["centre"][s] = np.nan
-        placed = drawn.scene.subjects
         rest = [0] * (MAX_SUBJECTS - len(placed))
         rows["pixels"].append(told["pixels"])
         rows["centre"].append(told["centre"])
         rows["left"].append([p.mirror for p in placed] + rest)
         rows["kind"].append([CLASSES.index(p.subject.kind) for p in placed] + rest)
-    return {name: np.stack([np.asarray(v, _LAYOUT[name][0]) for v in values]) for name, values in rows.items()}
+    return stacked(rows, _LAYOUT)
 
 
 def shows_side(drawn: Rendered, index: int) -> bool:

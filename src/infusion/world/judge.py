@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from infusion.world.facing import FILE as FACING_FILE
 from infusion.world.facing import Facing
-from infusion.world.models import pixels_to_tensor
+from infusion.world.models import half_weights, pixels_to_tensor
 from infusion.world.truth import COLORED, SCENE_HEADS, SHARES, SUBJECT_HEADS
 from infusion.world.vocabulary import POSITIONS
 
@@ -147,8 +147,8 @@ class Residual(nn.Module):
 
 
 class Judge:
-    """A network with its calibration, and a head for the facing where there is one: `thresholds` give, for each head, the probability from which it is believed; "same" the
-    evidence from which two subjects are one individual, to which the embeddings' cosine adds "embedding" times itself."""
+    """A network with its calibration, and a head for the facing where there is one: `thresholds` give, for each head, the probability from
+    which it is believed; "same" the evidence from which two subjects are one individual, to which the embeddings' cosine adds "embedding" times itself."""
 
     def __init__(
         self, network: JudgeNetwork, thresholds: dict[str, float] | None = None, facing: Facing | None = None
@@ -184,8 +184,8 @@ class Judge:
 
     def save(self, path: Path) -> Path:
         """Weights in fp16 and thresholds, one safetensors file."""
-        state = {k: v.detach().half().contiguous() for k, v in self.network.state_dict().items()}
-        save_file(state, path, metadata={"thresholds": json.dumps(self.thresholds, sort_keys=True)})
+        metadata = {"thresholds": json.dumps(self.thresholds, sort_keys=True)}
+        save_file(half_weights(self.network), path, metadata=metadata)
         return path
 
     @classmethod

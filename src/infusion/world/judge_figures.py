@@ -8,8 +8,8 @@ draws fresh families, examines the shipped judge on them, and writes its card to
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,19 @@ from torch import Tensor
 from infusion.metrics.estimate import rate
 from infusion.world.autoencoder import autoencoded
 from infusion.world.facing import FIGURES, ONE_SIDED
-from infusion.world.judge import GRID, SHIPPED, Judge, JudgeNetwork, Maps, beliefs, evidence, load_judge, look, peaks
+from infusion.world.judge import (
+    GRID,
+    SHIPPED,
+    Judge,
+    JudgeNetwork,
+    Maps,
+    beliefs,
+    digest_of,
+    evidence,
+    load_judge,
+    look,
+    peaks,
+)
 from infusion.world.judge_lessons import Labels, cells, corrupt, labels_of, shows_change
 from infusion.world.models import pixels_to_tensor
 from infusion.world.release import shipped_autoencoder
@@ -240,6 +252,9 @@ _NAMES = {
 }  # fmt: skip
 
 
+_ENDS = {"value": "", "low": "_low", "high": "_high", "n": "_n"}  # how `examine` names a share's parts
+
+
 def training_of(log: list[dict[str, Any]]) -> dict[str, Any]:
     """A training in short, from its run's log."""
     start = next(line for line in log if line["stage"] == "start")
@@ -266,9 +281,11 @@ def _share(figures: dict[str, float], name: str) -> str:
     """A figure of `examine`, with its interval and what it was counted over where it has them."""
     if f"{name}_n" not in figures:
         return f"{figures[name]:.1%}"
-    return (
-        f"{figures[name]:.1%} [{figures[name + '_low']:.1%}, {figures[name + '_high']:.1%}] of {figures[name + '_n']:,}"
-    )
+    return _with_interval({key: figures[f"{name}{end}"] for key, end in _ENDS.items()})
+
+
+def _with_interval(figure: Mapping[str, float]) -> str:
+    return f"{figure['value']:.1%} [{figure['low']:.1%}, {figure['high']:.1%}] of {figure['n']:,}"
 
 
 def facing_section(path: Path) -> str:
@@ -277,13 +294,12 @@ def facing_section(path: Path) -> str:
         return ""
     told = json.loads(path.read_text())
     training, figures = told["training"], told["figures"]
-    share = lambda f: f"{f['value']:.1%} [{f['low']:.1%}, {f['high']:.1%}] of {f['n']:,}"  # noqa: E731
     classes = ", ".join(f"{kind} {figures[kind]['value']:.1%}" for kind in ONE_SIDED if kind in figures)
     return f"""
 ## Facing
 Which way a subject faces is told by a head of its own on the judge's features (`facing.safetensors`), for classes whose outline is another one
-in the mirror. Read at the true centres of fresh scenes, where the picture shows it at all, it is right for {share(figures["clean"])} subjects ({classes}); of
-autoencoded pictures for {share(figures["autoencoded"])}, and where it says something of those for {share(figures["told"])}, which is {figures["believed"]["value"]:.1%} of them.
+in the mirror. Read at the true centres of fresh scenes, where the picture shows it at all, it is right for {_with_interval(figures["clean"])} subjects ({classes}); of
+autoencoded pictures for {_with_interval(figures["autoencoded"])}, and where it says something of those for {_with_interval(figures["told"])}, which is {figures["believed"]["value"]:.1%} of them.
 {training["steps"]:,} steps of {training["batch"]} of {training["scenes"]:,} scenes, {training["minutes"]} min on {training["hardware"]}
 (`python -m infusion.world.facing_training --folder runs/facing --minutes {training["minutes"]}`).
 """
@@ -313,7 +329,7 @@ made world, judge, base and methods.
 
 | | |
 |---|---|
-| file | `{path.name}`, {path.stat().st_size:,} bytes, fp16 safetensors, SHA-256 `{hashlib.sha256(path.read_bytes()).hexdigest()}` |
+| file | `{path.name}`, {path.stat().st_size:,} bytes, fp16 safetensors, SHA-256 `{digest_of(path)}` |
 | trained on | {pictures:,} pictures seen: {parts}; half of them mirrored, {corrupted:.0%} autoencoded, blurred or noised, {corrupted / 2:.0%} warped |
 | wall time | {minutes:.0f} min beside other work |
 | train one like it | `python -m infusion.world.judge_training --folder runs/judge --drawn {sum(t["families"] for t in trainings)} --minutes {minutes:.0f}` |

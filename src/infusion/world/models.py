@@ -106,6 +106,11 @@ def build_pipeline(
     return pipe
 
 
+def half_weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A network's weights in fp16, as small networks are saved."""
+    return {name: value.detach().half().contiguous() for name, value in network.state_dict().items()}
+
+
 def pixels_to_tensor(pixels: torch.Tensor) -> torch.Tensor:
     """(n, h, w, 3) uint8 to (n, 3, h, w) float32 in [-1, 1]."""
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from infusion.world.arrays import draw_arrays, load_arrays
+from infusion.world.arrays import draw_arrays, load_arrays, stacked
 from infusion.world.judge import GRID
 from infusion.world.scenes import SIDE, Rendered, Scene, random_scene, render, with_subject
 from infusion.world.subjects import Subject, random_subject
@@ -136,7 +136,7 @@ def _draw(seed: int, start: int, count: int, strict: bool) -> dict[str, np.ndarr
             for name, value in told.items():
                 rows[name].append(value)
             rows["change"].append(CHANGES.index(change))
-    return {name: np.stack([np.asarray(v, _LAYOUT[name][0]) for v in values]) for name, values in rows.items()}
+    return stacked(rows, _LAYOUT)
 
 
 def _with_first(scene: Scene, subject: Subject) -> Scene:
