@@ -10,6 +10,7 @@ from html import escape
 import numpy as np
 import pytest
 import torch
+from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 from PIL import Image
 
 from infusion.adapters import ConceptAdapter
@@ -21,7 +22,8 @@ from infusion.methods.dreambooth import TunedUNet
 from infusion.metrics.estimate import Estimate
 from infusion.metrics.leaks import leak, pull
 from infusion.photos import Photo
-from tests.conftest import latents, random_concept
+from infusion.schedulers import scheduler_for
+from tests.conftest import latents, random_concept, tiny_unet
 
 CONFIG = EvaluateConfig(
     ("a photo of {} on the beach", "{} in the snow"),
@@ -84,6 +86,21 @@ def test_the_base_against_itself_is_no_different(pipe, photos, kind):
     assert same.background_above is not None
     above = (same.background_above.value, same.nearest_photo_above.value, same.variety_above.value)
     assert above == pytest.approx((0, 0, 0), abs=1e-6)
+
+
+@pytest.mark.parametrize("own_class", [False, True])
+def test_a_distilled_base_draws_by_its_own_scheduler(pipe, photos, own_class, monkeypatch):
+    pipe.scheduler = scheduler_for(pipe, "lcm")
+    if own_class:
+        parts = pipe.components | {"unet": tiny_unet(time_cond_proj_dim=8)}
+        pipe = LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+    taken = []
+    step = LCMScheduler.step
+    monkeypatch.setattr(LCMScheduler, "step", lambda self, *args, **keys: taken.append(1) or step(self, *args, **keys))
+    found = evaluate(pipe, ConceptAdapter("<milo>", random_concept(pipe.unet)), photos, "dog", CONFIG)
+    assert len(taken) >= 2 * CONFIG.steps
+    assert found.figures.forgetting.eps.value == 0
 
 
 def test_photos_without_a_background_give_no_background_figure(pipe, photos):

@@ -34,7 +34,7 @@ from infusion.metrics.moments import Moments
 from infusion.metrics.similarity import cosines, nearest, spread
 from infusion.metrics.wasserstein import GaussianW2, empirical_w2, gaussian_w2, principal
 from infusion.photos import Photo
-from infusion.schedulers import scheduler_for
+from infusion.schedulers import multistep
 from infusion.world.judge import Judge
 from infusion.world.tokenizer import class_words
 
@@ -153,7 +153,7 @@ def evaluate(
     Raises InfusionError for an adapter of another base.
     """
     config, told = config or EvaluateConfig(), progress or (lambda *_: None)
-    pipe = rebuilt(pipe, scheduler=scheduler_for(pipe, "dpm++"))
+    pipe = rebuilt(pipe, scheduler=multistep(pipe))
     texts, seeds = of_each(config.prompts, config.seeds, config.seed)
     others = unrelated(config.others, word)
     if not others:

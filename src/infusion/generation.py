@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
+from diffusers import DiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from infusion.config import check_seed
 from infusion.errors import InfusionError
 from infusion.lesson import added_conditions
+from infusion.schedulers import few_steps
 from infusion.streams import execution_device, require_unet
 
 Progress = Callable[[str, int, int], None]  # told("Drawing", done, of)
@@ -82,8 +83,7 @@ def drawing(
     for name, value in (("steps", steps), ("batch", batch)):
         if value is not None and value < 1:
             raise InfusionError(f"{name} is {value}; it must be at least 1.")
-    # Distilled bases learned some of the timesteps only.
-    few = isinstance(pipe.scheduler, LCMScheduler | TCDScheduler)
+    few = few_steps(pipe)
     if steps > (most := pipe.scheduler.config["original_inference_steps" if few else "num_train_timesteps"]):
         raise InfusionError(
             f"steps is {steps}; this base's scheduler has {most:,} timesteps, so give at most as many, usually {'4 to 8' if few else '20 to 50'}."

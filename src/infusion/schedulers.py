@@ -12,6 +12,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     LCMScheduler,
     SchedulerMixin,
+    TCDScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -45,3 +46,13 @@ def scheduler_for(pipe: DiffusionPipeline, name: str) -> SchedulerMixin:
     check_noise(pipe)
     # Where a base does not say it: some clip to [-1, 1] by default, as suits pixels and ruins latents.
     return SCHEDULERS[name].from_config({"clip_sample": False, **pipe.scheduler.config, **_OWN.get(name, {})})
+
+
+def few_steps(pipe: DiffusionPipeline) -> bool:
+    """Whether the base is drawn by a distilled one's scheduler: such a base learned some of the timesteps only, and no other scheduler suits it."""
+    return isinstance(pipe.scheduler, LCMScheduler | TCDScheduler)
+
+
+def multistep(pipe: DiffusionPipeline) -> SchedulerMixin:
+    """What measuring draws by: DPM++, which needs few steps; of a distilled base its own. Raises as `scheduler_for` does."""
+    return pipe.scheduler if few_steps(pipe) else scheduler_for(pipe, "dpm++")

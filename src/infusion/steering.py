@@ -35,7 +35,7 @@ from infusion.methods.interface import Adapter, MethodState, rebuilt
 from infusion.metrics.estimate import Estimate, rate
 from infusion.metrics.similarity import centroids, cosines, spread
 from infusion.offloading import take_back
-from infusion.schedulers import scheduler_for
+from infusion.schedulers import multistep
 from infusion.streams import require_unet
 
 CHECKUPS = ".checkups.json"  # how the file ends that holds them, beside the adapter's
@@ -200,7 +200,7 @@ class _Watch:
     sets of seeds, so that two in a row are not wrong for the same pictures' sake."""
 
     def __init__(self, pipe: DiffusionPipeline, lesson: Lesson, config: SteerConfig, told: Progress) -> None:
-        self.pipe = rebuilt(pipe, scheduler=scheduler_for(pipe, "dpm++"))
+        self.pipe = rebuilt(pipe, scheduler=multistep(pipe))
         self.config, self.lesson, self.told = config, lesson, told
         found = lesson if lesson.masked else replace(lesson, masks=attention_masks(lesson, require_unet(pipe)))
         self.outside = found.outside()
