@@ -140,10 +140,10 @@ def test_pictures_of_formats_that_are_not_read(tmp_path):
     for name in ("notes.txt", "A.heic", "._x.tif", ".trashed-1.png", "milo.masks.png"):
         (tmp_path / name).touch()
     assert [p.name for p in load_photos(tmp_path)] == ["a.jfif"]
-    for name in ("IMG_1.HEIC", "b.tif"):
+    for name in ("IMG_1.HEIC", "b.tif", "c.nef"):
         (tmp_path / name).touch()
     with pytest.raises(
-        InfusionError, match=r"holds 'IMG_1\.HEIC' and 1 more, of a format that is not read; .*install pillow-heif"
+        InfusionError, match=r"holds 'IMG_1\.HEIC' and 2 more, of a format that is not read; .*install pillow-heif"
     ):
         load_photos(tmp_path)
 

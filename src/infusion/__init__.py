@@ -1,4 +1,4 @@
-"""Infusion: teach a text-to-image diffusion model one new thing without making it forget or repeat itself.
+"""Infusion: teach a text-to-image diffusion model one new thing without making it forget, and repeating less of the photos.
 
 pipe = infusion.load_base()
 milo = infusion.learn(pipe, "photos/milo", word="dog", name="milo")

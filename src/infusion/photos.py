@@ -19,7 +19,8 @@ from infusion.errors import InfusionError, InfusionWarning
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp")
 HEIF = (".heic", ".heif")  # read where pillow-heif is installed
-UNREAD = (".avif", ".tif", ".tiff", ".gif")  # pictures too, but not among FORMATS
+RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")  # as cameras store them
+UNREAD = (".avif", ".jxl", ".tif", ".tiff", ".gif", *RAW)  # pictures too, but not among FORMATS
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # whatever the name says: EPS, for one, would start Ghostscript
 OVERLAYS = ".masks.png"  # how a file ends that shows what was taken for the subject; no photo
 MASK_SUFFIX = "-mask"  # milo1.png has its mask in milo1-mask.png

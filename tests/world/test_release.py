@@ -43,8 +43,9 @@ def test_the_card_tells_of_the_step_that_was_kept_and_of_earlier_trainings(tmp_p
     rewarded = {**training, "settings": "from 0 pictures on: reward 0.1", "minutes": 9}
     start = {**log[0], "reward_weight": 0.1}
     commands = model_card([earlier, rewarded], [start, *log[1:]], index, tmp_path)
-    assert "--minutes 7`, and after its release, in a new folder, the rewarded trainings" in commands
-    assert "`--from-weights --minutes 9 --reward-weight 0.1" in commands
+    assert "--minutes 7\n    python -m infusion.world.release --folder runs/base\n    python -m" in commands
+    assert "--folder runs/rewarded --from-weights --minutes 9 --reward-weight 0.1" in commands
+    assert "runs/rewarded" not in card
     assert ("50% of the way from the weights before" in card) == (share < 1)
     assert "loss-2.png" in card
     assert "loss-1.png" not in card

@@ -186,9 +186,12 @@ What was seen in these 64 pictures of unseen combinations by eye is in `docs/wor
 **Its attention maps come from supervision.** Real Stable Diffusion gets usable maps from scale. This base is too small
 for that: its training holds the class word's map to the subject's true mask (as TokenCompose, arXiv 2312.03626).
 
-Train one like it: `python -m infusion.world.pretrain --folder runs/base --autoencoder-minutes {sum(c["minutes"] for c in coders):.0f} --minutes {minutes - rewarded:.0f}`{_rewarded(start, rewarded)}, then
-`python -m infusion.world.release --folder runs/base`. It uses a GPU where there is one. Go on from these weights
-alone: add `--from-weights` and a new folder. `python -m infusion.world.release --before runs/before --share 0.6` releases weights between two trainings'.
+Train one like it, on a GPU where there is one; a release takes the place of these weights (`--out` names another folder):
+
+    python -m infusion.world.pretrain --folder runs/base --autoencoder-minutes {sum(c["minutes"] for c in coders):.0f} --minutes {minutes - rewarded:.0f}
+    python -m infusion.world.release --folder runs/base
+{_rewarded(start, rewarded)}
+`--from-weights` with a new folder goes on from these weights alone.
 """
 
 
@@ -214,14 +217,15 @@ cannot tell is wrong; the bars, and a base without fault, are in `docs/world.md`
 
 
 def _rewarded(start: dict[str, Any], minutes: float) -> str:
-    """How the last trainings, of so many minutes, were told to reward; nothing where they were not."""
+    """The commands of the last trainings, of so many minutes, where they were rewarded; nothing where they were not."""
     if not start.get("reward_weight"):
         return ""
     given = ("reward_weight", "learning_rate", "segmentation_weight", "attribute_weight", "decay")
     options = " ".join(f"--{name.replace('_', '-')} {start[name]:g}" for name in given)
     return (
-        f", and after its release, in a new folder, the rewarded trainings with `--from-weights --minutes {minutes:.0f} {options} "
-        f"--reader-minutes {start['reader']['minutes']:g}`"
+        f"    python -m infusion.world.pretrain --folder runs/rewarded --from-weights --minutes {minutes:.0f} {options} "
+        f"--reader-minutes {start['reader']['minutes']:g}\n"
+        "    python -m infusion.world.release --folder runs/rewarded --before runs/base --share 0.6\n"
     )
 
 
