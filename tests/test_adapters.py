@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from infusion.adapters import load_adapter
@@ -16,6 +16,7 @@ from infusion.errors import InfusionError
 from infusion.methods.interface import rebuilt
 from infusion.methods.lora import Lora
 from infusion.methods.textual_inversion import WordEmbedding
+from infusion.schedulers import scheduler_for
 from tests.conftest import latents, random_concept, tiny_unet
 
 
@@ -132,6 +133,8 @@ def test_adapters_of_another_base_are_refused_and_leave_nothing(pipe, tmp_path):
     rebuilt(pipe, unet=tiny_unet(sample_size=16)).save_pretrained(tmp_path / "tuned")
     velocity = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
     rebuilt(pipe, scheduler=velocity).save_pretrained(tmp_path / "velocity")
+    distilled = {**pipe.components, "unet": tiny_unet(time_cond_proj_dim=8), "scheduler": scheduler_for(pipe, "lcm")}
+    LatentConsistencyModelPipeline(**distilled, requires_safety_checker=False).save_pretrained(tmp_path / "lcm")
     save_file({"base_model.model.x.lora_A.weight": torch.zeros(2, 8)}, tmp_path / "foreign.safetensors")
     for file, message in (
         (path, "does not fit this base"),
@@ -139,6 +142,7 @@ def test_adapters_of_another_base_are_refused_and_leave_nothing(pipe, tmp_path):
         (wide, "another architecture"),
         (tmp_path / "tuned", r"differs from the base in pixels a side \(32, the base 16\)"),
         (tmp_path / "velocity", "in what its UNet predicts"),
+        (tmp_path / "lcm", r"in steps \(few, distilled, the base many\)"),
         (tmp_path / "foreign.safetensors", "no layer of the base is named in it"),
     ):
         with pytest.raises(InfusionError, match=message), load_adapter(file, "dog").attached(pipe):

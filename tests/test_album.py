@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
+import peft
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
@@ -17,35 +16,49 @@ from infusion.generation import Picture
 
 @pytest.fixture
 def ask(pipe, tmp_path):
-    """Asks for two pictures; returns them and whether they had to be drawn."""
+    """Asks for pictures; returns them and the seeds of those that had to be drawn. breaks_at: how many are drawn before all ends."""
 
-    def asked(prompts=("a dog", "a cat"), seeds=(3, 4), album=tmp_path / "album", **settings):
+    def asked(prompts=("a dog", "a cat"), seeds=(3, 4), album=tmp_path / "album", breaks_at=None, **settings):
         drawn = []
 
-        def draw():
-            drawn.append(1)
-            pixels = [np.full((4, 6, 3), 10 * s, np.uint8) for s in seeds]
-            return [Picture(Image.fromarray(x), p, s) for x, p, s in zip(pixels, prompts, seeds, strict=True)]
+        def draw(prompts, seeds):
+            for prompt, seed in zip(prompts, seeds, strict=True):
+                if len(drawn) == breaks_at:
+                    raise KeyboardInterrupt
+                drawn.append(seed)
+                yield [Picture(Image.fromarray(np.full((4, 6, 3), 10 * seed, np.uint8)), prompt, seed)]
 
-        return kept(album, pipe, prompts, seeds, {"steps": 2, **settings}, draw), bool(drawn)
+        try:
+            return kept(album, pipe, prompts, seeds, {"steps": 2, **settings}, draw), drawn
+        except KeyboardInterrupt:
+            return [], drawn
 
     return asked
 
 
 def test_what_was_drawn_is_found_again(ask, tmp_path):
     first, second = ask(), ask()
-    assert (first[1], second[1]) == (True, False)
+    assert (first[1], second[1]) == ([3, 4], [])
     for a, b in zip(first[0], second[0], strict=True):
         assert (a.prompt, a.seed, a.image.tobytes()) == (b.prompt, b.seed, b.image.tobytes())
-    assert [p.name for p in (tmp_path / "album").glob(".*")] == []
-    assert ask(album=None)[1]
+    assert [p.name for p in (tmp_path / "album").glob("*/.*")] == []
+    assert ask(album=None)[1] == [3, 4]
+
+
+def test_only_what_is_missing_is_drawn(ask):
+    assert ask(breaks_at=1)[1] == [3]
+    assert ask()[1] == [4]
+    pictures, drawn = ask(prompts=("a dog", "a bird", "a cat", "a dog"), seeds=(3, 4, 4, 5))
+    assert drawn == [4, 5]
+    assert [(p.prompt, p.seed) for p in pictures] == [("a dog", 3), ("a bird", 4), ("a cat", 4), ("a dog", 5)]
+    assert [p.image.getpixel((0, 0))[0] for p in pictures] == [30, 40, 40, 50]
 
 
 def test_anything_else_is_drawn(ask, pipe):
     ask()
-    assert ask(prompts=("a dog", "a bird"))[1]
-    assert ask(seeds=(3, 5))[1]
     assert ask(steps=3)[1]
+    pipe.register_to_config(requires_safety_checker=not pipe.config["requires_safety_checker"])
+    assert ask()[1]
     pipe.unet.register_to_config(sample_size=16)
     assert ask()[1]
     pipe.unet.register_to_config(sample_size=8)
@@ -75,28 +88,27 @@ def test_another_process_finds_them(ask, pipe):
 
 def test_damaged_pictures_are_drawn_again(ask, tmp_path):
     ask()
-    (picture,) = (tmp_path / "album").glob("*/1.png")
+    (picture,) = (tmp_path / "album").glob("*/*-4.png")
     picture.write_bytes(picture.read_bytes()[:30])
-    assert ask()[1]
+    assert ask()[1] == [4]
     assert not ask()[1]
 
 
-def test_whoever_keeps_the_same_second_says_nothing(ask, tmp_path, monkeypatch):
-    """The folder is there again between being taken away and the renaming."""
-    ask()
-    (picture,) = (tmp_path / "album").glob("*/1.png")
-    picture.write_bytes(b"")
-    monkeypatch.setattr("infusion.album.shutil.rmtree", lambda path, **_: None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert ask()[1]
+def test_a_loras_strength_makes_another_base(pipe, tmp_path):
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]), "soft")
+    found = [fingerprint(pipe)]
+    pipe.unet.set_adapters(["soft"], [0.5])
+    found.append(fingerprint(pipe))
+    pipe.unet.disable_lora()
+    found.append(fingerprint(pipe))
+    assert len(set(found)) == 3
 
 
 def test_an_album_that_cannot_be_written_costs_time_only(ask, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.warns(InfusionWarning, match="cannot be kept"):
+    with pytest.warns(InfusionWarning, match="are not kept and will be drawn again: .* cannot be written"):
         pictures, drawn = ask(album=tmp_path / "file")
-    assert (len(pictures), drawn) == (2, True)
+    assert (len(pictures), drawn) == (2, [3, 4])
 
 
 def test_the_default_is_in_the_users_cache(monkeypatch, tmp_path):

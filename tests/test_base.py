@@ -293,6 +293,13 @@ def test_other_kinds_of_bases_are_refused_unread(tmp_path, unet, told):
         infusion.load_base(tmp_path)
 
 
+def test_a_base_with_another_autoencoder_is_refused_unread(tmp_path):
+    index = {"_class_name": "KandinskyV22Pipeline", "unet": ["diffusers", "UNet2DConditionModel"], "movq": ["x", "VQ"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InfusionError, match="a KandinskyV22Pipeline, which has no Stable Diffusion's autoencoder;"):
+        infusion.load_base(tmp_path)
+
+
 def test_refusals(tmp_path):
     save_file({"lora.up": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
     with pytest.raises(InfusionError, match="no Stable Diffusion"):

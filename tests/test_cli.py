@@ -209,6 +209,8 @@ def test_evaluate(run, photos, tmp_path):
     figures = json.loads((tmp_path / "report" / "figures.json").read_text())["figures"]
     assert figures["forgetting"]["score"]["value"] == 0
     assert figures["pictures"] == 20
+    made = json.loads((tmp_path / "report" / "figures.json").read_text())
+    assert (made["base"], made["adapter"], made["made_by"]["class word"]) == ("embedded", "milo.safetensors", "dog")
     for args, message in (
         (("--adapter", tmp_path / "none"), "There is no file"),
         (("--adapter", concept, "--seeds", 1), "seeds is 1"),
@@ -216,6 +218,7 @@ def test_evaluate(run, photos, tmp_path):
         (("--adapter", concept, "--subject", "a dog"), "does not hold '<milo>'"),
         (("--adapter", concept, "--word", "cat"), "learned as a 'dog', the word given is 'cat'"),
         (("--adapter", concept, "--photos", tmp_path / "none"), "There is no folder"),
+        (("--adapter", concept, "--word", " "), "' '"),
     ):
         code, said = run("evaluate", *common, *args)
         assert (code, message in said) == (2, True), said

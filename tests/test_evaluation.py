@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler
-from PIL import Image
+from PIL import Image, ImageOps
 
 from infusion.adapters import ConceptAdapter
 from infusion.errors import InfusionError
 from infusion.evaluation import EvaluateConfig, evaluate, unrelated, verdict
 from infusion.evaluation_report import write_report
+from infusion.generation import Picture
 from infusion.judged import JudgedFigures
 from infusion.methods.dreambooth import TunedUNet
 from infusion.metrics.estimate import Estimate
@@ -147,10 +148,13 @@ def test_what_the_judge_sees_come_back_is_in_the_verdict(pipe, photos):
     pulls = {"position": pull(*shown, [None] * 20, "right"), "style": pull(*shown, [None] * 20, "left")}
     said = verdict(replace(figures, judged=JudgedFigures(*[None] * 6, leaks, pulls, *[None] * 4)))
     assert said[2].startswith(
-        "By the judge the photos' position comes back where another was asked for: in 75% of such"
+        "By the judge the photos' position comes back where another was asked for: in 75% of 20 such"
     )
+    above = pulls["style"].above
+    assert 0 < above.low < 0.75 < above.high < 1
     assert said[3] == (
-        "By the judge the photos' style comes back where that was left open: in 75% of such pictures, in 0% of the base's."
+        "By the judge the photos' style comes back where that was left open: in 75% of 20 such pictures, in 0% of the base's "
+        f"({100 * above.low:.0f} to {100 * above.high:.0f} points more)."
     )
     assert len(said) == 5
 
@@ -173,7 +177,7 @@ def test_settings_that_make_no_sense_are_refused():
         EvaluateConfig(seeds=1)
     with pytest.raises(InfusionError, match="other_seeds is 1"):
         EvaluateConfig(other_seeds=1)
-    with pytest.raises(InfusionError, match="none of them twice"):
+    with pytest.raises(InfusionError, match="none of these twice"):
         EvaluateConfig(others=("a cat", "a cat"))
     with pytest.raises(InfusionError, match="does not name the subject"):
         EvaluateConfig(prompts=("a dog", "a {}"))
@@ -182,7 +186,7 @@ def test_settings_that_make_no_sense_are_refused():
 
 
 def test_others_that_all_name_the_class_are_refused_before_anything_is_drawn(pipe, photos, monkeypatch):
-    monkeypatch.setattr("infusion.evaluation.generate", lambda *_, **__: pytest.fail("drew"))
+    monkeypatch.setattr("infusion.evaluation.drawing", lambda *_, **__: pytest.fail("drew"))
     with pytest.raises(InfusionError, match="All of others name the class 'dog'"):
         evaluate(pipe, TunedUNet("a dog", pipe.unet), photos, "dog", EvaluateConfig(others=("a dog in the snow",)))
 
@@ -193,3 +197,30 @@ def test_prompts_of_the_subjects_own_class_tell_nothing_of_forgetting():
     assert unrelated(prompts, "kitten") == ["two cars in the snow", "a house", "a catfish"]  # a synonym of the world's
     assert unrelated(prompts, "car") == ["a photo of a cat on the beach", "a house", "a catfish"]
     assert unrelated(prompts, "violin") == list(prompts)
+
+
+def test_a_repeated_photo_is_one_in_the_mirror_too(pipe, photos, monkeypatch):
+    """A drawing that is a photo's mirror image is as like it as the photo itself."""
+    found = {}
+    for name, turn in (("as it is", lambda p: p), ("mirrored", ImageOps.mirror)):
+        copies = lambda pipe, prompts, seeds, *_, turn=turn, **__: [  # noqa: E731
+            [Picture(turn(photos[0].image), p, s) for p, s in zip(prompts, seeds, strict=True)]
+        ]
+        monkeypatch.setattr("infusion.evaluation.drawing", copies)
+        monkeypatch.setattr(
+            "infusion.evaluation.kept", lambda *a: [Picture(p.image, "", 0) for p in photos[1:] * 99][: len(a[2])]
+        )
+        found[name] = evaluate(pipe, ConceptAdapter("<milo>", random_concept(pipe.unet)), photos, "dog", CONFIG).figures
+    for figures in found.values():
+        assert figures.nearest_photo.value == pytest.approx(1, abs=1e-6)
+        assert figures.background is not None
+        assert figures.background.value == pytest.approx(1, abs=1e-6)
+
+
+def test_a_photo_that_is_refused_is_refused_before_anything_is_drawn(pipe, photos, monkeypatch):
+    monkeypatch.setattr("infusion.evaluation.drawing", lambda *_, **__: pytest.fail("drew"))
+    outside = Image.new("L", (40, 16))
+    outside.paste(255, (0, 0, 8, 16))
+    wide = Photo(Image.new("RGB", (40, 16)), outside)
+    with pytest.raises(InfusionError, match="shows nothing of the subject in the photo's centre square"):
+        evaluate(pipe, ConceptAdapter("<milo>", random_concept(pipe.unet)), [wide], "dog", CONFIG)

@@ -115,6 +115,13 @@ def test_what_is_missing_is_named_with_how_to_get_it(clip, tmp_path):
         load_features(clip=str(tmp_path))
 
 
+def test_weights_of_another_network_are_refused_when_they_are_loaded(clip, dino):
+    with pytest.raises(InfusionError, match=r"DINO weights .* cannot be loaded"):
+        load_features(dino=clip)
+    with pytest.raises(InfusionError, match=r"CLIP weights .* cannot be loaded"):
+        load_features(clip=dino)
+
+
 def alexnet(weights=None):
     """AlexNet's feature layers as torchvision has them, with random weights."""
     torch.manual_seed(0)

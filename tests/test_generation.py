@@ -6,9 +6,11 @@ import copy
 
 import numpy as np
 import pytest
+import torch
 from diffusers import (
     DEISMultistepScheduler,
     EDMEulerScheduler,
+    HeunDiscreteScheduler,
     LatentConsistencyModelPipeline,
     PNDMScheduler,
     StableDiffusionInpaintPipeline,
@@ -114,6 +116,22 @@ def test_pipelines_that_do_not_draw_from_a_prompt_alone(pipe, xl):
             generate(other, ["a dog"], [0], 1)
 
 
+def test_what_is_not_finite_is_no_picture(pipe):
+    """diffusers makes it black."""
+    with torch.no_grad():
+        pipe.unet.conv_out.bias[0] = float("inf")
+    with pytest.raises(InfusionError, match="no finite numbers in float32; load it in bf16 or fp32"):
+        generate(pipe, ["a dog"], [0], 2)
+
+
+def test_a_solver_that_calls_the_unet_more_than_once_a_step_is_done_at_its_last(pipe):
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    told = []
+    generate(pipe, ["a dog", "a cat"], [0, 1], 3, batch=1, on_step=lambda *done: told.append(done))
+    assert told == sorted(told)
+    assert told[-1] == (6, 6)
+
+
 def test_a_pipeline_without_negative_prompts(pipe):
     distilled = LatentConsistencyModelPipeline(
         **{**pipe.components, "unet": tiny_unet(time_cond_proj_dim=8), "scheduler": scheduler_for(pipe, "lcm")},
@@ -134,6 +152,11 @@ def test_what_schedulers_are_refused(pipe):
     pipe.scheduler = scheduler_for(pipe, "lcm")
     with pytest.raises(InfusionError, match=r"steps is 51; this base's scheduler has 50 timesteps, .* usually 4 to 8"):
         generate(pipe, ["a dog"], [0], 51)
+    parts = pipe.components | {"unet": tiny_unet(time_cond_proj_dim=8)}
+    with pytest.raises(
+        InfusionError, match=r"LatentConsistencyModelPipeline draws with the scheduler 'lcm' alone, not"
+    ):
+        scheduler_for(LatentConsistencyModelPipeline(**parts, requires_safety_checker=False), "euler")
     pipe.scheduler = EDMEulerScheduler()
     with pytest.raises(InfusionError, match="draws with EDMEulerScheduler"):
         scheduler_for(pipe, "ddim")

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "infusion"
 # A module may import from its own line and the lines above it, never below. Within the world, from anything above
 # it in WORLD.
 ORDER = (
-    ("errors", "families", "metrics", "console", "cores", "offloading"),
+    ("errors", "families", "metrics", "console", "cores", "offloading", "files"),
     ("attention", "world.vocabulary"),
     ("world",),
     ("prompts", "packing", "config", "layers"),

@@ -19,6 +19,7 @@ from infusion.methods.infusion import infusion
 from infusion.methods.interface import MethodState
 from infusion.photos import Photo
 from infusion.report.curve import line_chart
+from infusion.schedulers import scheduler_for
 from infusion.steering import OTHER_SEEDS, SteerConfig, _Watch, read_checkups, repeats_place, steered, write_checkups
 from infusion.training import LearnConfig
 from tests.conftest import latents
@@ -246,6 +247,15 @@ def test_bad_settings(bad):
         InfusionError, match=r"'a dog' does not name the subject exactly once; write \{\} where it stands"
     ):
         SteerConfig(positioned=("a dog",))
+
+
+def test_looks_of_many_steps_are_refused_on_a_distilled_base(pipe, lesson):
+    pipe.scheduler = scheduler_for(pipe, "lcm")
+    states = lambda: infusion(pipe, lesson, LearnConfig(1, 2, 0.5))  # noqa: E731
+    with pytest.raises(InfusionError, match="A look draws 20 steps, this base was distilled to 8 at most"):
+        list(steered(pipe, states(), lesson, SteerConfig()))
+    (now,) = steered(pipe, states(), lesson, SteerConfig(steps=4, guidance_scale=1.0))
+    assert now.checkup
 
 
 def test_a_look_that_fails_leaves_no_training_behind(pipe, lesson, monkeypatch):

@@ -24,6 +24,7 @@ from infusion.methods.interface import Adapter, rebuilt
 from infusion.methods.lora import loaded_lora
 from infusion.methods.textual_inversion import with_word
 from infusion.offloading import offloaded
+from infusion.schedulers import few_steps
 from infusion.streams import execution_device, require_unet
 
 FOR_XL = ("clip_l", "clip_g")  # an SDXL embedding's tensors, in the order of its text encoders
@@ -141,7 +142,8 @@ class PipelineFolder:
 
     @contextmanager
     def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        """The folder's pipeline with the base's scheduler. Raises InfusionError for pictures of another size."""
+        """The folder's pipeline with the base's scheduler. Raises InfusionError for one that draws otherwise than the base: of another size,
+        for one."""
         device, offload = str(execution_device(pipe)), offloaded(pipe) is not None
         custom = load_base(self.path, device, pipe.unet.dtype, self.prediction, offload)
         for what, here, there in zip(_MATCHING, _properties(pipe), _properties(custom), strict=True):
@@ -152,13 +154,14 @@ class PipelineFolder:
         yield rebuilt(custom, scheduler=pipe.scheduler)
 
 
-_MATCHING = ("pixels a side", "latent channels", "width of its text states", "what its UNet predicts")
+_MATCHING = ("pixels a side", "latent channels", "width of its text states", "what its UNet predicts", "steps")
 
 
 def _properties(pipe: DiffusionPipeline) -> tuple[object, ...]:
     unet = pipe.unet.config
     side = unet["sample_size"] * pipe.vae_scale_factor
-    return side, unet["in_channels"], unet["cross_attention_dim"], pipe.scheduler.config["prediction_type"]
+    predicts, steps = pipe.scheduler.config.get("prediction_type"), "few, distilled" if few_steps(pipe) else "many"
+    return side, unet["in_channels"], unet["cross_attention_dim"], predicts, steps
 
 
 def _naming(subject: str | None, token: str, *others: str) -> str:

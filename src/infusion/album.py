@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,8 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from infusion.errors import InfusionWarning
+from infusion.errors import InfusionError, InfusionWarning
+from infusion.files import write_picture
 from infusion.generation import Picture
 from infusion.streams import execution_device, require_unet
 
@@ -37,38 +36,36 @@ def kept(
     prompts: Sequence[str],
     seeds: Sequence[int],
     settings: Mapping[str, object],
-    draw: Callable[[], list[Picture]],
+    draw: Callable[[list[str], list[int]], Iterable[list[Picture]]],
 ) -> list[Picture]:
-    """The pictures of these prompts and seeds from the folder `album`, or by `draw`, and kept there then. settings: whatever else decides
-    what they look like. Without an album, or where the weights are elsewhere (offloaded), they are drawn. Warns where they cannot be kept.
+    """The pictures of these prompts and seeds: each from the folder `album` or, of those that are not there, by `draw`, batch by batch, and
+    kept there as they come, so that what is drawn when all ends is not lost. settings: whatever else decides what they look like. Without an album, or where
+    the weights are not at hand, all are drawn. Warns where they cannot be kept.
     """
     weights = fingerprint(pipe) if album else ""
     if not album or not weights:
-        return draw()
+        return [picture for part in draw(list(prompts), list(seeds)) for picture in part]
     decides = [
-        weights, list(prompts), list(seeds), dict(settings), _settings_of(pipe.scheduler), type(pipe).__name__,
+        weights, dict(settings), _settings_of(pipe.scheduler), type(pipe).__name__, _plain(pipe.config),
         str(require_unet(pipe).dtype), execution_device(pipe).type, torch.__version__, diffusers.__version__,
     ]  # fmt: skip
-    folder = album / hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    try:
-        images = [_opened(folder / f"{i}.png") for i in range(len(prompts))]
-        return [Picture(*made) for made in zip(images, prompts, seeds, strict=True)]
-    except (OSError, SyntaxError, ValueError):  # not there, or damaged
-        pictures = draw()
-    try:
-        _keep([p.image for p in pictures], folder)
-    except OSError as error:
-        warnings.warn(
-            f"The base's pictures cannot be kept in {str(folder)!r} ({error.strerror}); they will be drawn again.",
-            InfusionWarning,
-            stacklevel=2,
-        )
-    return pictures
+    folder = album / _digest(json.dumps(decides, sort_keys=True, default=str))
+    asked = list(zip(prompts, seeds, strict=True))
+    paths = {(prompt, seed): folder / f"{_digest(prompt)}-{seed}.png" for prompt, seed in asked}
+    found = {key: Picture(image, *key) for key, path in paths.items() if (image := _opened(path))}
+    missing = [key for key in paths if key not in found]
+    keeping = True
+    for part in draw([p for p, _ in missing], [s for _, s in missing]) if missing else ():
+        for picture in part:
+            key = (picture.prompt, picture.seed)
+            found[key] = picture
+            keeping = keeping and _keep(picture.image, paths[key])
+    return [found[key] for key in asked]
 
 
 def fingerprint(pipe: DiffusionPipeline) -> str:
     """A digest of what the pipeline is made of beside its scheduler: configurations, vocabularies, and all weights, by exact sums of their
-    bits, which take no longer than reading them does; "" where they are not at hand."""
+    bits, which take no longer than reading them does, and LoRAs' strengths; "" where weights are not at hand."""
     digest = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         if isinstance(part, PreTrainedTokenizerBase):
@@ -80,6 +77,12 @@ def fingerprint(pipe: DiffusionPipeline) -> str:
                     return ""
                 total = value.detach().contiguous().view(_INTEGERS[value.element_size()]).sum(dtype=torch.int64)
                 digest.update(f"{name}.{key} {tuple(value.shape)} {int(total)}\n".encode())
+            for key, layer in part.named_modules():
+                if isinstance(
+                    scaling := getattr(layer, "scaling", None), Mapping
+                ):  # a LoRA's: how much of it counts, and whether it does
+                    switches = [scaling, layer.active_adapters, layer.disable_adapters]
+                    digest.update(json.dumps([name, key, switches], sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
@@ -89,24 +92,32 @@ def _settings_of(part: Any) -> dict[str, Any]:
     return {"kind": type(part).__name__} | {k: v for k, v in config.items() if not k.startswith("_")}
 
 
-def _opened(path: Path) -> Image.Image:
-    with Image.open(path, formats=["PNG"]) as image:
-        image.load()
-        return image.copy()
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A pipeline's own switches, among what its configuration says of components."""
+    return {k: v for k, v in config.items() if v is None or isinstance(v, bool | int | float)}
 
 
-def _keep(images: Sequence[Image.Image], folder: Path) -> None:
-    """All of them or none, whoever else keeps the same."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".drawn-"))
+def _opened(path: Path) -> Image.Image | None:
+    """The picture; None where there is none, or a damaged one."""
     try:
-        for i, image in enumerate(images):
-            image.save(temporary / f"{i}.png")
-        shutil.rmtree(folder, ignore_errors=True)  # what is damaged
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else somebody has just kept the same
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+            return image.copy()
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def _keep(image: Image.Image, path: Path) -> bool:
+    """Whether it could be kept; warns where not."""
+    try:
+        write_picture(path, image)
+    except InfusionError as error:
+        warnings.warn(
+            f"The base's pictures are not kept and will be drawn again: {error}", InfusionWarning, stacklevel=2
+        )
+        return False
+    return True
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -133,6 +133,7 @@ def train(
     with progress("Loading the base model") as told:
         from infusion.base import best_device, load_base
         from infusion.concept import Concept, beside, refuse_others
+        from infusion.files import write_picture
         from infusion.generation import free
         from infusion.lesson import mask_overlays, prepare_lesson
         from infusion.methods.infusion import infusion
@@ -191,7 +192,7 @@ def train(
     write_checkups(path, checkups)
     overlay = beside(path, OVERLAYS)
     if shown:
-        shown.save(overlay)
+        write_picture(overlay, shown)
     else:  # one of a concept that was here before
         overlay.unlink(missing_ok=True)
     if now.stopped:
@@ -260,6 +261,7 @@ def generate(
     """Draw pictures of prompts in which concepts are called by <name> or <name:0.7>."""
     with progress("Loading the base model") as told:
         from infusion.base import load_base
+        from infusion.files import write_picture
         from infusion.generation import check_draws, drawing, free, save_pictures
         from infusion.offloading import in_parts
         from infusion.pipelines import attach, encode
@@ -303,7 +305,7 @@ def generate(
                 pictures += part
                 paths += save_pictures(part, out, details)  # what is drawn is kept, whatever comes
         sheet = free(out / "contact-sheet.png")
-        square_grid([p.image for p in pictures]).save(sheet)
+        write_picture(sheet, square_grid([p.image for p in pictures]))
     if base == EMBEDDED:
         say.print(
             "The embedded base knows only its own small world; for other pictures give --base a Stable Diffusion model."
@@ -348,6 +350,7 @@ def evaluate(
         from infusion.adapters import load_adapter
         from infusion.album import default_album
         from infusion.base import load_base
+        from infusion.concept import Concept
         from infusion.evaluation import EvaluateConfig
         from infusion.evaluation import evaluate as measure
         from infusion.evaluation_report import write_report
@@ -359,6 +362,7 @@ def evaluate(
         from infusion.world.judge import shipped_judge
 
         config = EvaluateConfig(seeds=seeds, batch=batch, steps=steps, guidance_scale=guidance)
+        Concept("subject", word, {})  # the word is checked before any work
         pictures = load_photos(photos)
         loaded, checkups = load_adapter(adapter, word, subject, prediction), read_checkups(adapter)
         spaces, distance = load_features(clip, dino), load_lpips() if lpips else None
@@ -376,9 +380,9 @@ def evaluate(
         judge = shipped_judge() if base == EMBEDDED else None
         album = default_album() if cache else None
         evaluation = measure(pipe, loaded, pictures, word, config, told, spaces, judge, album, distance)
+        for sentence in evaluation.verdict:  # before the page is written: a full disk must not swallow it
+            say.print(sentence)
         report = write_report(evaluation, out, base, adapter.resolve().name, checkups)
-    for sentence in evaluation.verdict:
-        say.print(sentence)
     say.print(f"The figures are in {report} and {out / 'figures.json'}.")
 
 

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from infusion.errors import InfusionError
+from infusion.files import write_whole
 from infusion.packing import LARGEST, SCHEMES, in_order, on_grid, pack, packed_size, unpack
 from infusion.prompts import NAME
 
@@ -191,7 +191,7 @@ class Concept:
         Raises InfusionError where nothing can be written, and where something other than a concept is.
         """
         refuse_others(Path(path))
-        _write_atomically(Path(path), self.to_bytes(scheme or self._lossless()))
+        write_whole(Path(path), self.to_bytes(scheme or self._lossless()))
         return Path(path)
 
     @classmethod
@@ -336,38 +336,6 @@ def _expand(text: str, source: str) -> list[tuple[str, int]]:
     if len(dict(layers)) != len(layers):
         raise InfusionError(f"{source} is damaged (a layer twice); get a fresh copy.")
     return layers
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Temp file in the same folder, flushed to disk, renamed over `path`, the folder flushed too."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temp, 0o644)
-            os.replace(temp, path)
-        except BaseException:
-            os.unlink(temp)
-            raise
-        _flush_folder(path.parent)
-    except OSError as error:
-        raise InfusionError(
-            f"{str(path)!r} cannot be written ({error.strerror}); choose a folder that you may write to."
-        ) from None
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name != "posix":  # other systems cannot open folders
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def summary(concept: Concept, size: int | None = None) -> Mapping[str, Any]:

@@ -14,17 +14,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from infusion.album import kept
 from infusion.config import check_prompts, hold_types
 from infusion.errors import InfusionError
 from infusion.features import FeatureFigures, Features, Lpips, LpipsFigures, feature_figures, left_out, lpips_figures
-from infusion.generation import Picture, Progress, denoiser, generate, of_each
+from infusion.generation import Picture, Progress, default_batch, denoiser, drawing, of_each
 from infusion.judged import JudgedFigures, judged_figures
 from infusion.lesson import Lesson, encode_pictures, prepare_lesson
 from infusion.methods.interface import Adapter, rebuilt
@@ -35,6 +38,7 @@ from infusion.metrics.similarity import cosines, nearest, spread
 from infusion.metrics.wasserstein import GaussianW2, empirical_w2, gaussian_w2, principal
 from infusion.photos import Photo
 from infusion.schedulers import multistep
+from infusion.streams import execution_device, require_unet
 from infusion.world.judge import Judge
 from infusion.world.tokenizer import class_words
 
@@ -82,7 +86,7 @@ class EvaluateConfig:
                     f"{name} is {getattr(self, name)}; it must be at least 2, or nothing can be said of variety."
                 )
         if len(set(self.prompts)) < 2 or len(set(self.others)) < len(self.others) or not self.others:
-            raise InfusionError("prompts must hold at least two, and others at least one, none of them twice.")
+            raise InfusionError("prompts must hold at least two, and others at least one, none of these twice.")
         check_prompts(self.prompts)
 
 
@@ -119,7 +123,8 @@ class Figures:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures, a verdict in sentences, and the pictures behind them: by prompt, first seed first. seconds: where the time went, by stage."""
+    """Figures, a verdict in sentences, and the pictures behind them: by prompt, first seed first. seconds: where the time went, by stage.
+    made_by: class word, scheduler, precision, versions and the like."""
 
     subject: str
     figures: Figures
@@ -131,6 +136,7 @@ class Evaluation:
     config: EvaluateConfig
     left_out: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    made_by: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate(
@@ -160,20 +166,22 @@ def evaluate(
         raise InfusionError(
             f"All of others name the class {word!r}; give prompts of other things, to see what is forgotten."
         )
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "photos"):  # before any drawing, since one may be refused
+        lesson = prepare_lesson(pipe, photos, word, "subject")
 
-    def drawn(label: str, pipe: DiffusionPipeline, prompts: list[str], seeds: list[int]) -> list[Picture]:
+    def drawn(label: str, pipe: DiffusionPipeline, prompts: list[str], seeds: list[int]) -> Iterator[list[Picture]]:
         on_step = lambda a, b: told(label, a, b)  # noqa: E731
-        return generate(pipe, prompts, seeds, config.steps, config.guidance_scale, config.batch, on_step=on_step)
+        return drawing(pipe, prompts, seeds, config.steps, config.guidance_scale, config.batch, on_step=on_step)
 
     def by_adapter(label: str, prompts: list[str], seeds: list[int]) -> list[Picture]:
         with adapter.attached(pipe) as custom:  # its pipeline, which may be a whole other base, is let go of here
-            return drawn(label, custom, prompts, seeds)
+            return [picture for part in drawn(label, custom, prompts, seeds) for picture in part]
 
     def by_base(label: str, prompts: list[str], seeds: list[int]) -> list[Picture]:
-        return kept(album, pipe, prompts, seeds, settings, lambda: drawn(label, pipe, prompts, seeds))
+        return kept(album, pipe, prompts, seeds, settings, partial(drawn, label, pipe))
 
-    settings = {name: getattr(config, name) for name in ("steps", "guidance_scale", "batch")}
-    seconds: dict[str, float] = {}
+    settings = {name: getattr(config, name) for name in ("steps", "guidance_scale")}
     with _timed(seconds, "the adapter's pictures"):  # first: one of another base is refused before any work
         ours = by_adapter("Drawing with the adapter", [t.replace("{}", adapter.subject) for t in texts], seeds)
     plain = [t.replace("{}", f"a {word}") for t in texts]
@@ -189,13 +197,12 @@ def evaluate(
         again = by_adapter("Drawing the class", *asked) if of_class else []
         classes = [p.image for p in again], [p.image for p in of_class]
     told("Measuring", 0, 1)
-    with _timed(seconds, "photos and latents"):
-        lesson = prepare_lesson(pipe, photos, word, "subject", flip=False)
+    with _timed(seconds, "latents"):
         parts = encode_pictures(pipe, [p.image for p in other]).split(config.other_seeds)
         latents = dict(zip((*others, generic), parts, strict=True))
     with _timed(seconds, "forgetting"):
         groups = [{o: latents[o] for o in others}, {generic: latents[generic]}]
-        forgotten = forgetting(pipe, adapter, groups, config.seed)
+        forgotten = forgetting(pipe, adapter, groups, config.seed, batch=config.batch or default_batch(pipe))
     with _timed(seconds, "figures in latents"):
         figures, nearest_photos = _figures(pipe, lesson, base, ours, forgotten, config)
     pictures = [p.image for p in ours], [p.image for p in base], list(lesson.pictures)
@@ -204,7 +211,8 @@ def evaluate(
             figures.features[space.name] = feature_figures(space, *pictures, plain, classes, config.seeds)
     if lpips:
         with _timed(seconds, "figures by LPIPS"):
-            figures = replace(figures, lpips=lpips_figures(lpips, *pictures, config.seeds))
+            both = [*lesson.pictures, *map(ImageOps.mirror, lesson.pictures)]
+            figures = replace(figures, lpips=lpips_figures(lpips, *pictures[:2], both, config.seeds))
     if judge:
         with _timed(seconds, "the judge"):
             kind = class_words().get(word.lower())
@@ -220,7 +228,20 @@ def evaluate(
         config,
         left_out(spaces, lpips),
         seconds,
+        _made_by(pipe, word),
     )
+
+
+def _made_by(pipe: DiffusionPipeline, word: str) -> dict[str, str]:
+    """What a figure depends on beside base, adapter and settings, by name."""
+    return {
+        "class word": word,
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "precision": str(require_unet(pipe).dtype).removeprefix("torch."),
+        "device": execution_device(pipe).type,
+        **{library: version(library) for library in ("infusion", "torch", "diffusers", "transformers")},
+    }
 
 
 @contextmanager
@@ -255,7 +276,8 @@ def verdict(f: Figures) -> tuple[str, ...]:
         said.append(_untold("it repeats its background", f.background_above, 1, f.pictures))
     if f.judged:
         said += [
-            f"By the judge the photos' {name} comes back where {prompt}: in {found.custom.value:.0%} of such pictures, in {found.base.value:.0%} of the base's."
+            f"By the judge the photos' {name} comes back where {prompt}: in {found.custom.value:.0%} of {found.custom.n} such pictures, in {found.base.value:.0%} of the base's "
+            f"({100 * found.above.low:.0f} to {100 * found.above.high:.0f} points more)."
             for prompt, each in (("another was asked for", f.judged.leaks), ("that was left open", f.judged.pulls))
             for name, found in each.items()
             if found.above.low > 0
@@ -284,19 +306,23 @@ def forgetting(
     groups: Sequence[Mapping[str, Tensor]],
     seed: int,
     by_base: Sequence[Mapping[str, Tensor]] | None = None,
+    batch: int = 16,
 ) -> list[FisherDivergence]:
     """Latent Fisher divergence between base and adapter, one for each group of prompts with their latents. by_base: `predictions` of the base
-    for the same groups and seed; without it the base predicts here, first, since an adapter may change the very UNet it is attached to."""
-    by_base = by_base or predictions(pipe, groups, seed)
+    for the same groups and seed; without it the base predicts here, first, since an adapter may change the very UNet it is attached to. batch:
+    latents at a time."""
+    by_base = by_base or predictions(pipe, groups, seed, batch)
     with adapter.attached(pipe) as custom:
-        by_custom = predictions(custom, groups, seed)
+        by_custom = predictions(custom, groups, seed, batch)
     return [divergence(a, b, pipe.scheduler.alphas_cumprod) for a, b in zip(by_base, by_custom, strict=True)]
 
 
-def predictions(pipe: DiffusionPipeline, groups: Sequence[Mapping[str, Tensor]], seed: int) -> list[dict[str, Tensor]]:
+def predictions(
+    pipe: DiffusionPipeline, groups: Sequence[Mapping[str, Tensor]], seed: int, batch: int = 16
+) -> list[dict[str, Tensor]]:
     """What a pipeline predicts of noised latents, as noise (`predicted_noise`), one for each group of prompts with their latents."""
     kind, alphas = pipe.scheduler.config["prediction_type"], pipe.scheduler.alphas_cumprod
-    return [predicted_noise(denoiser(pipe), latents, alphas, kind, seed=seed) for latents in groups]
+    return [predicted_noise(denoiser(pipe), latents, alphas, kind, seed=seed, batch=batch) for latents in groups]
 
 
 def unrelated(prompts: Sequence[str], word: str) -> list[str]:
@@ -312,7 +338,7 @@ def _figures(
 ) -> tuple[Figures, list[int]]:  # fmt: skip
     latents = [_encoded(pipe, [p.image for p in pictures]) for pictures in (base, custom)]
     centre = latents[0].mean(0, keepdim=True)
-    photos = lesson.latents.cpu().double() - centre
+    photos = lesson.latents.cpu().double() - centre  # and their mirror images: those of a repeated photo repeat it too
     b, c = (x - centre for x in latents)
     small = principal(b.flatten(1), c.flatten(1), dimensions=config.dimensions)
 
@@ -322,8 +348,9 @@ def _figures(
     found, similarity = nearest(c.flatten(1), photos.flatten(1))
     base_similarity = nearest(b.flatten(1), photos.flatten(1))[1]
     background = above = None
-    if (outside := lesson.outside()) is not None:
-        like = [cosines(x[:, :, outside].flatten(1), photos[:, :, outside].flatten(1)).amax(1) for x in (c, b)]
+    as_they_are = replace(lesson, masks=lesson.masks[: len(lesson.pictures)])
+    if (outside := as_they_are.outside()) is not None:
+        like = [_like_any(x, photos, outside) for x in (c, b)]
         background, above = bootstrap(like[0]), paired(like[0], like[1])
     groups = [x.flatten(1).unflatten(0, (-1, config.seeds)) for x in (c, b)]
     varies = [spread(group) for group in groups]
@@ -342,7 +369,15 @@ def _figures(
         variety_above=paired(varies[0], varies[1]),
         pictures=len(custom),
     )
-    return figures, found.tolist()
+    return figures, (found % len(lesson.pictures)).tolist()
+
+
+def _like_any(latents: Tensor, photos: Tensor, outside: Tensor) -> Tensor:
+    """How like the nearest photo, or its mirror image, each picture is outside the subject: (n,). photos: those, then their mirror images;
+    outside (g, g): of those."""
+    halves = zip(photos.chunk(2), (outside, outside.flip(-1)), strict=True)
+    like = [cosines(latents[:, :, where].flatten(1), half[:, :, where].flatten(1)) for half, where in halves]
+    return torch.cat(like, 1).amax(1)
 
 
 def _encoded(pipe: DiffusionPipeline, pictures: Sequence[Image.Image]) -> Tensor:

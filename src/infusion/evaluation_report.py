@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infusion.evaluation import Evaluation, Figures
+from infusion.files import write_whole
 from infusion.report.curve import line_chart
 from infusion.report.page import Grid, Page, Row, write_page
 
@@ -56,13 +57,17 @@ def write_report(
             *_feature_facts(f),
             *(("Left out, for want of weights", told) for told in e.left_out),
             ("Base; adapter", f"{base}; {adapter}"),
+            ("Made by", ", ".join(f"{what} {which}" for what, which in e.made_by.items())),
             ("Seconds", ", ".join(f"{stage} {took:.1f}" for stage, took in e.seconds.items())),
         ],
         charts=_curves(checkups),
     )
     path = write_page(page, folder / "report.html")
     record = {
+        "base": base,
+        "adapter": adapter,
         "subject": e.subject,
+        "made_by": e.made_by,
         "verdict": e.verdict,
         "figures": asdict(f),
         "settings": asdict(e.config),
@@ -70,7 +75,7 @@ def write_report(
         "seconds": {stage: round(took, 2) for stage, took in e.seconds.items()},
         "checkups": list(checkups),
     }
-    (folder / "figures.json").write_text(json.dumps(_bounded(record), indent=1, allow_nan=False) + "\n")
+    write_whole(folder / "figures.json", json.dumps(_bounded(record), indent=1, allow_nan=False) + "\n")
     return path
 
 

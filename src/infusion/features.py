@@ -213,8 +213,11 @@ def left_out(spaces: Sequence[Features], lpips: Lpips | None = None) -> tuple[st
 
 def _loaded(kind: str, source: str, load: Any) -> Features:
     try:
-        return load()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        space = load()
+        if space.pictures([Image.new("RGB", (64, 64), "grey")]).ndim != 2:  # another network's weights are told now
+            raise ValueError("it gives no vector for a picture")
+        return space
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise InfusionError(
             f"The {kind} weights {source!r} cannot be loaded ({str(error).splitlines()[0][:160]}); give a folder with config, weights and preprocessor."
         ) from None

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -100,9 +101,14 @@ def drawing(
     for number, start in enumerate(parts):
         part, numbers = list(prompts[start : start + batch]), list(seeds[start : start + batch])
 
-        def told(_pipe: object, step: int, _t: object, kwargs: dict, done: int = number * steps) -> dict:
-            if on_step:
-                on_step(done + step + 1, len(parts) * steps)
+        last: dict[str, Any] = {}
+
+        def told(
+            _pipe: object, step: int, _t: object, kwargs: dict, done: int = number * steps, last: dict = last
+        ) -> dict:
+            last.update(kwargs)
+            if on_step:  # Heun's and others call the UNet, and this, more than once a step
+                on_step(done + min(step + 1, steps), len(parts) * steps)
             return kwargs
 
         images = pipe(
@@ -115,6 +121,10 @@ def drawing(
             height=size[1],
             **({} if negative_prompt is None else {"negative_prompt": [negative_prompt] * len(part)}),
         ).images
+        if not bool(last["latents"].isfinite().all()):  # diffusers makes black pictures of it without a word
+            raise InfusionError(
+                f"The base gave no finite numbers in {str(pipe.unet.dtype).removeprefix('torch.')}; load it in bf16 or fp32."
+            )
         yield [Picture(i, p, s) for i, p, s in zip(images, part, numbers, strict=True)]
 
 

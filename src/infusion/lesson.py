@@ -293,13 +293,16 @@ def added_conditions(pipe: DiffusionPipeline, encoded: Sequence[Tensor]) -> dict
 def encode_pictures(pipe: DiffusionPipeline, pictures: Sequence[Image.Image]) -> Tensor:
     """Pictures of one size -> latents scaled as the UNet expects them (the posterior's mode)."""
     vae, dtype, device = pipe.vae, pipe.vae.dtype, execution_device(pipe)
-    x = to_tensor(pictures)
-    batch = max(1, min(8, 8 * 512**2 // x[0, 0].numel()))  # the memory grows with the pictures' area
+    width, height = pictures[0].size
+    batch = max(1, min(8, 8 * 512**2 // (width * height)))  # the memory grows with the pictures' area
     upcast = dtype == torch.float16 and vae.config.force_upcast  # SDXL's overflows in fp16
     try:
         if upcast:
             vae.to(torch.float32)
-        parts = [_latents(vae.encode(part.to(device, vae.dtype))) for part in x.split(batch)]
+        parts = [
+            _latents(vae.encode(to_tensor(pictures[i : i + batch]).to(device, vae.dtype)))
+            for i in range(0, len(pictures), batch)
+        ]
     finally:
         if upcast:
             vae.to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from diffusers import (
@@ -29,6 +30,8 @@ SCHEDULERS: dict[str, Any] = {
 }
 
 
+FEW = 8  # steps that distilled bases are drawn in at most
+
 # What a base's own configuration says otherwise of another scheduler, under the same key: DEIS has an algorithm that DPM++ has not.
 _OWN = {"dpm++": {"algorithm_type": "dpmsolver++"}}
 
@@ -40,10 +43,13 @@ def check_scheduler(name: str) -> None:
 
 
 def scheduler_for(pipe: DiffusionPipeline, name: str) -> SchedulerMixin:
-    """The scheduler of that name with the noise of the pipeline's own. Raises InfusionError for an unknown name, and for a base whose noise
-    is not Stable Diffusion's."""
+    """The scheduler of that name with the noise of the pipeline's own. Raises InfusionError for an unknown name, for a base whose noise
+    is not Stable Diffusion's, and for one whose pipeline draws with another alone."""
     check_scheduler(name)
     check_noise(pipe)
+    takes = lambda call: "original_inference_steps" in inspect.signature(call).parameters  # noqa: E731
+    if takes(type(pipe).__call__) and not takes(SCHEDULERS[name].set_timesteps):
+        raise InfusionError(f"A {type(pipe).__name__} draws with the scheduler 'lcm' alone, not with {name!r}.")
     # Where a base does not say it: some clip to [-1, 1] by default, as suits pixels and ruins latents.
     return SCHEDULERS[name].from_config({"clip_sample": False, **pipe.scheduler.config, **_OWN.get(name, {})})
 

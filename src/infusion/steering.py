@@ -29,13 +29,14 @@ from infusion.concept import beside
 from infusion.config import check_prompts, hold_types
 from infusion.errors import InfusionError
 from infusion.evaluation import OTHERS, PROMPTS, forgetting, unrelated
+from infusion.files import write_whole
 from infusion.generation import Progress, generate, of_each
 from infusion.lesson import Lesson, attention_masks, encode_pictures
 from infusion.methods.interface import Adapter, MethodState, rebuilt
 from infusion.metrics.estimate import Estimate, rate
 from infusion.metrics.similarity import centroids, cosines, spread
 from infusion.offloading import take_back
-from infusion.schedulers import multistep
+from infusion.schedulers import FEW, few_steps, multistep
 from infusion.streams import require_unet
 
 CHECKUPS = ".checkups.json"  # how the file ends that holds them, beside the adapter's
@@ -200,6 +201,10 @@ class _Watch:
     sets of seeds, so that two in a row are not wrong for the same pictures' sake."""
 
     def __init__(self, pipe: DiffusionPipeline, lesson: Lesson, config: SteerConfig, told: Progress) -> None:
+        if few_steps(pipe) and config.steps > FEW:
+            raise InfusionError(
+                f"A look draws {config.steps} steps, this base was distilled to {FEW} at most; train without looks, or give SteerConfig its steps and guidance_scale."
+            )
         self.pipe = rebuilt(pipe, scheduler=multistep(pipe))
         self.config, self.lesson, self.told = config, lesson, told
         found = lesson if lesson.masked else replace(lesson, masks=attention_masks(lesson, require_unet(pipe)))
@@ -284,8 +289,7 @@ def write_checkups(adapter: Path, checkups: Sequence[Mapping[str, Any]]) -> Path
     if not checkups:
         path.unlink(missing_ok=True)
         return None
-    path.write_text(json.dumps(list(checkups), indent=1, allow_nan=False) + "\n")
-    return path
+    return write_whole(path, json.dumps(list(checkups), indent=1, allow_nan=False) + "\n")
 
 
 def read_checkups(adapter: Path) -> list[dict[str, Any]]:
@@ -299,6 +303,8 @@ def read_checkups(adapter: Path) -> list[dict[str, Any]]:
         checkups = json.loads(path.read_text())
         if not all(c.keys() >= {"step", "loss", "repeats", "forgetting", "variety"} for c in checkups):
             raise ValueError
-    except (ValueError, TypeError, AttributeError):
-        raise InfusionError(f"{str(path)!r} is damaged; move it away, the curves are left out then.") from None
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise InfusionError(
+            f"{str(path)!r} cannot be read or is damaged; move it away, the curves are left out then."
+        ) from None
     return checkups

@@ -28,6 +28,12 @@ def test_strengths_are_rows_of_their_own(tmp_path):
     assert "beside the others" not in text
 
 
+def test_a_difference_of_one_subject_has_no_interval_and_is_not_counted(tmp_path):
+    ours, other = record("infusion", [{}, {"background": "city"}]), LEAKY
+    text = write_benchmark([FLOOR, ours, other], tmp_path, pictures=False).read_text()
+    assert "Of 0 comparisons that have an interval" in text
+
+
 def test_the_page(tmp_path):
     picture = Image.new("RGB", (16, 8), "red")
     buffer = io.BytesIO()

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from infusion.arguments import writable
 from infusion.console import progress, say
 from infusion.errors import InfusionError
 
@@ -85,6 +86,7 @@ def report(
         from infusion.bench.tables import write_benchmark
 
         told = _text(reading) if reading else ""
+        writable(docs / f"{page}.md")
         path = write_benchmark(read_records(records), docs, page, told, pictures, whole)
     say.print(f"Done: {path}.")
 

@@ -132,7 +132,8 @@ def _check_strengths(label: str, strengths: Any, drawable: bool) -> None:
 @dataclass(frozen=True)
 class Job:
     """One method on one subject: everything that decides its result, nothing about when or where it runs. settings: all of the
-    method's configuration, defaults too, so that a job of other defaults is another job."""
+    method's configuration, defaults too, so that a job of other defaults is another job; what follows from the photos alone (Infusion's rate
+    and limit where none is given) stands in the record's `concept_settings`."""
 
     label: str
     method: str

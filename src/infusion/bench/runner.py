@@ -143,13 +143,11 @@ def _in_processes(
                 running = {pool.submit(one, job, threads): job for job in started}
                 try:
                     for done in as_completed(running):
-                        error = done.exception()
-                        if isinstance(error, BrokenProcessPool):
-                            left.append(
-                                running[done]
-                            )  # a worker was killed, and with it all that were under way or waiting
+                        job, error = running.pop(done), done.exception()
+                        if isinstance(error, BrokenProcessPool):  # a worker was killed, and with it all that
+                            left.append(job)  # were under way or waiting
                         else:
-                            yield running[done], error if isinstance(error, Exception) else done.result()
+                            yield job, error if isinstance(error, Exception) else done.result()
                 except BaseException:  # interrupted: the jobs under way are lost, and would only be waited for
                     pool.shutdown(wait=False, cancel_futures=True)
                     for worker in {*multiprocessing.active_children()} - others:

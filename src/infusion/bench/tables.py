@@ -24,6 +24,7 @@ from infusion.bench.figures import (
 )
 from infusion.bench.plots import plot, sheets
 from infusion.bench.selection import in_order, refuse_mixtures, whole_subjects
+from infusion.files import write_whole
 from infusion.methods import METHODS
 from infusion.metrics.estimate import Estimate, rate
 
@@ -105,8 +106,7 @@ def write_benchmark(
         plot(found, docs / f"{name}.png")
         shown = sheets(kept, docs, name)
     path = docs / f"{name}.md"
-    path.write_text(page(kept, found, shown, name, reading, len(records) - len(kept)))
-    return path
+    return write_whole(path, page(kept, found, shown, name, reading, len(records) - len(kept)))
 
 
 def page(
@@ -224,7 +224,7 @@ def _beside(found: dict, label: str) -> list[str]:
     others |= {f"{n}, {earlier[n]:,} samples": figures for n, figures in beside(found, label, earlier).items()}
     columns = [c for c in BESIDE if any(c[0] in figures for figures in others.values())]
     count = sum(
-        figures[name].low < figures[name].high
+        figures[name].n > 1 and figures[name].low < figures[name].high
         for figures in others.values()
         for name, _, _ in columns
         if name in figures

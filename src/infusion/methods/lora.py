@@ -148,7 +148,7 @@ def dreambooth_lora(
                 r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian", target_modules=list(TARGETS)
             )
         )
-    cast_training_params(unet)  # LoRA weights train in fp32 also under an fp16 UNet
+    cast_training_params(unet)  # LoRA weights train in fp32 also under a bf16 UNet
     learned = [p for p in unet.parameters() if p.requires_grad]
     adapter = Lora(f"a {lesson.word}", unet, max_timestep=max_timestep)
     yield from preserving(unet, learned, lesson, prior, config, adapter, max_timestep)

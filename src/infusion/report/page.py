@@ -11,7 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
-from infusion.errors import InfusionError
+from infusion.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,7 @@ def write_page(page: Page, path: Path) -> Path:
     )
     environment.filters["inline"] = inline
     html = environment.get_template("page.html.j2").render(page=page)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(html, encoding="utf-8")
-    except OSError as error:
-        raise InfusionError(
-            f"{str(path)!r} cannot be written ({error.strerror}); choose a folder that you may write to."
-        ) from None
-    return path
+    return write_whole(path, html)
 
 
 def inline(image: Image.Image) -> str:
