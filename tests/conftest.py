@@ -160,7 +160,9 @@ def latents(pipe: StableDiffusionPipeline, prompt: object, **kwargs: object) -> 
     return pipe(prompt, **{**options, **kwargs}).images  # type: ignore[operator]
 
 
-def naive_latents(pipe: StableDiffusionPipeline, concept: Concept, prompt: str, **kwargs: object) -> torch.Tensor:
+def naive_latents(
+    pipe: StableDiffusionPipeline, concept: Concept, prompt: str, two_streams: bool = True, **kwargs: object
+) -> torch.Tensor:
     """The stock pipeline under the class word, its UNet replaced by two passes written out for the conditional rows."""
     base, unet = copy.deepcopy(pipe.unet), pipe.unet
     parsed = parse(prompt, {concept.name: concept.word}, pipe.tokenizer)
@@ -170,7 +172,7 @@ def naive_latents(pipe: StableDiffusionPipeline, concept: Concept, prompt: str, 
         states = encoder_hidden_states[-1:]
         plan = Plan((parsed.mentions,), states)
         residuals = {concept.name: concept.residuals}
-        out[-1:] = naive_prediction(base, sample[-1:], timestep, states, plan, residuals)
+        out[-1:] = naive_prediction(base, sample[-1:], timestep, states, plan, residuals, two_streams)
         return (out,)
 
     unet.forward = forward

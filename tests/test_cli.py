@@ -83,6 +83,13 @@ def test_train_then_generate(run, photos, tmp_path):
     code, said = run("train", *beside, "--steps", 1, "--batch", 2)
     assert code == 0, said
     assert not (tmp_path / "rex.masks.png").exists()
+    told = ("--no-flip", "--single-stream", "--evaluate-every", 1, "--seed", 3)
+    code, said = run("train", *beside, "--steps", 1, "--batch", 2, *told)
+    assert code == 0, said
+    settings = Concept.load(tmp_path / "rex.safetensors").settings
+    asked = {"flip": False, "masked": False, "two_streams": False, "seed": 3}
+    assert {name: settings[name] for name in asked} == asked
+    assert [c["step"] for c in json.loads((tmp_path / "rex.checkups.json").read_text())] == [1]
     code, said = run("generate", "a dog", *common)
     assert code == 0, said
     assert len(list(pictures.glob("0*.png"))) == 6, "earlier pictures are kept"

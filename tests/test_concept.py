@@ -89,6 +89,22 @@ def test_the_grid_is_where_it_says(scale):
         assert once[p].shape == values[p].shape
 
 
+def test_a_file_is_read_by_what_its_document_says():
+    """docs/format.md alone: blocks of 64, each with its largest magnitude as bfloat16; then 6 bits a value, lowest bits first."""
+    concept = sd15_concept()
+    content = concept.to_bytes("q6")
+    (payload,) = (bytes(t.numpy().tobytes()) for t in load_safetensors(content).values())
+    values = torch.cat([*concept.residuals.values()])
+    blocks = -(-len(values) // 64)
+    peaks = np.frombuffer(payload[: 2 * blocks], "<u2").astype(np.uint32)
+    peaks = (peaks << 16).view(np.float32)
+    bits = int.from_bytes(payload[2 * blocks :], "little")
+    found = [((bits >> 6 * i & 63) - 32) * float(peaks[i // 64]) / 31 for i in range(0, len(values), 97)]
+    error = np.array(found) - values[::97].numpy()
+    assert np.abs(error).max() <= peaks.max() / 31 / 2 + 1e-6
+    assert peaks[0] == pytest.approx(float(values[:64].abs().max()), rel=0.01)
+
+
 @pytest.mark.parametrize("count", [1, 3, 4, 63, 64, 65, 130])
 @pytest.mark.parametrize("scheme", ["q6", "fp16", "fp32"])
 def test_packing_takes_what_it_says_and_equals_a_naive_loop(count, scheme):

@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 import infusion
-from infusion.demo import MILO, PROMPTS, compare, draw_photos
-from infusion.lesson import encode_pictures, encode_texts
+from infusion.demo import MILO, PROMPTS, _page, compare, draw_photos
+from infusion.lesson import encode_pictures, encode_texts, prepare_lesson
 from infusion.naive import naive_prediction
+from infusion.photos import Photo
 from infusion.prompts import Mention
+from infusion.report.page import write_page
 from infusion.streams import Plan, Streams, value_lengths
 from infusion.training import LearnConfig
 from infusion.world.autoencoder import psnr
@@ -23,7 +25,7 @@ from infusion.world.dataset import CAPTIONS_PER_SCENE, Dataset, attributes, enco
 from infusion.world.grounding import BARS
 from infusion.world.models import LATENT_CHANNELS
 from infusion.world.release import WEIGHTS
-from infusion.world.scenes import held_out, random_scene, render
+from infusion.world.scenes import few_modalities, held_out, random_scene, render
 from infusion.world.validation import measure_maps
 from tests.conftest import latents, random_concept
 
@@ -129,6 +131,20 @@ def test_the_chain_from_photos_to_pictures(base, tmp_path):
         assert ("{}" in prompt) or plain.image.tobytes() == customized.image.tobytes()
     assert {label for label, *_ in told} >= {"Learning <milo> with Infusion", "Drawing <milo>"}
     assert all(done <= of for _, done, of in told)
+    page = write_page(_page(result, LearnConfig(steps=2, batch=2), 1.0), tmp_path / "report.html").read_text()
+    assert page.count("data:image/png") == 2 * 2 + 3 * len(PROMPTS)
+    assert f"{result.concept_path.stat().st_size:,} bytes" in page
+
+
+def test_masks_are_found_where_the_subject_is(base):
+    """Photos with the subject on the left: each mask's peak lies inside the drawn one, its mirror image's inside that one's."""
+    drawn = [render(scene) for scene in few_modalities(MILO, 3, seed=5, background="meadow", position="left")]
+    lesson = prepare_lesson(base, [Photo(Image.fromarray(d.pixels)) for d in drawn], "dog", "milo")
+    for i, picture in enumerate(drawn):
+        truth = torch.from_numpy(picture.masks[0].reshape(16, 4, 16, 4).mean((1, 3)))
+        for mask, where in ((lesson.masks[i], truth), (lesson.masks[3 + i], truth.flip(-1))):
+            assert where.flatten()[mask.argmax()] > 0.3
+            assert (mask * where).sum() / mask.sum() > (mask * where.flip(-1)).sum() / mask.sum() + 0.2
 
 
 def test_the_autoencoder_keeps_fresh_scenes(base):

@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import replace
 from html import escape
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from infusion.adapters import ConceptAdapter
 from infusion.errors import InfusionError
 from infusion.evaluation import EvaluateConfig, evaluate, unrelated, verdict
 from infusion.evaluation_report import write_report
+from infusion.features import feature_figures
 from infusion.generation import Picture
 from infusion.judged import JudgedFigures
+from infusion.lesson import encode_pictures
 from infusion.methods.dreambooth import TunedUNet
 from infusion.metrics.estimate import Estimate
 from infusion.metrics.leaks import leak, pull
@@ -199,22 +202,79 @@ def test_prompts_of_the_subjects_own_class_tell_nothing_of_forgetting():
     assert unrelated(prompts, "violin") == list(prompts)
 
 
-def test_a_repeated_photo_is_one_in_the_mirror_too(pipe, photos, monkeypatch):
-    """A drawing that is a photo's mirror image is as like it as the photo itself."""
-    found = {}
-    for name, turn in (("as it is", lambda p: p), ("mirrored", ImageOps.mirror)):
-        copies = lambda pipe, prompts, seeds, *_, turn=turn, **__: [  # noqa: E731
-            [Picture(turn(photos[0].image), p, s) for p, s in zip(prompts, seeds, strict=True)]
+@pytest.fixture
+def copying(pipe, photos, monkeypatch):
+    """Evaluates an adapter whose every drawing is one photo, as it is or turned; the base's drawings are noise of their own. The photos show
+    their subject in the left half."""
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 8, 16))
+    photos = [Photo(p.image, mask) for p in photos]
+    noise = np.random.default_rng(7).integers(0, 255, (99, 16, 16, 3), dtype=np.uint8)
+
+    def evaluated(turn, **more):
+        copies = lambda pipe, prompts, seeds, *_, **__: [  # noqa: E731
+            [Picture(turn(photos[1].image), p, s) for p, s in zip(prompts, seeds, strict=True)]
+        ]
+        by_base = lambda album, pipe, prompts, *_: [  # noqa: E731
+            Picture(Image.fromarray(noise[i]), p, i) for i, p in enumerate(prompts)
         ]
         monkeypatch.setattr("infusion.evaluation.drawing", copies)
-        monkeypatch.setattr(
-            "infusion.evaluation.kept", lambda *a: [Picture(p.image, "", 0) for p in photos[1:] * 99][: len(a[2])]
-        )
-        found[name] = evaluate(pipe, ConceptAdapter("<milo>", random_concept(pipe.unet)), photos, "dog", CONFIG).figures
-    for figures in found.values():
-        assert figures.nearest_photo.value == pytest.approx(1, abs=1e-6)
-        assert figures.background is not None
-        assert figures.background.value == pytest.approx(1, abs=1e-6)
+        monkeypatch.setattr("infusion.evaluation.kept", by_base)
+        config = replace(CONFIG, seeds=3)
+        return evaluate(pipe, ConceptAdapter("<milo>", random_concept(pipe.unet)), photos, "dog", config, **more)
+
+    return evaluated
+
+
+@pytest.mark.parametrize("turn", [lambda picture: picture, ImageOps.mirror])
+def test_a_repeated_photo_is_found_also_in_the_mirror(copying, turn):
+    found = copying(turn)
+    figures = found.figures
+    assert found.nearest == [1] * 6
+    assert figures.nearest_photo.value == pytest.approx(1, abs=1e-6)
+    assert figures.background is not None
+    assert figures.background.value == pytest.approx(1, abs=1e-6)
+    assert figures.background_above is not None
+    assert figures.background_above.low > 0.1  # above the base's, not below
+    assert figures.nearest_photo_above.low > 0.1
+    assert found.verdict[1].startswith("It repeats its background")
+
+
+def test_variety_is_that_of_one_prompts_pictures_beside_the_bases(copying, pipe):
+    found = copying(lambda picture: picture)
+    theirs = encode_pictures(pipe, [p.image for p in found.base]).double().flatten(1)
+    pairs = [(theirs[i] - theirs[j]).norm() for k in (0, 3) for i, j in combinations(range(k, k + 3), 2)]
+    assert found.figures.variety.value == pytest.approx(0, abs=1e-6)
+    assert found.figures.variety_base.value == pytest.approx(float(sum(pairs) / 6), rel=1e-5)
+    assert found.figures.variety_above.value == pytest.approx(-float(sum(pairs) / 6), rel=1e-5)
+
+
+class Colour:
+    """A feature space: the mean colour."""
+
+    name = "colour"
+    model = None
+
+    def pictures(self, images):
+        return torch.tensor([np.asarray(i, np.float32).mean((0, 1)).tolist() for i in images])
+
+    def texts(self, texts):
+        return None
+
+
+def test_figures_in_a_feature_space_are_the_adapters_beside_the_bases(copying, tmp_path):
+    found = copying(lambda picture: picture, spaces=[Colour()])
+    assert found.figures.features["colour"].subject.value > 0.9
+    ours, base = ([p.image for p in part] for part in (found.custom, found.base))
+    again = feature_figures(Colour(), ours, base, list(found.lesson.pictures), [p.prompt for p in found.base], ([ours[0]] * 2, base[-2:]), 3)  # fmt: skip
+    for name in ("subject", "subject_above", "diversity", "diversity_base"):
+        assert getattr(found.figures.features["colour"], name) == getattr(again, name), name
+    checkup = {
+        "step": 5, "loss": 0.1, "repeats": {"background": {"above": 0.2}}, "forgetting": 0.0, "variety": 1.0, "pull": {"above": 0.1},
+    }  # fmt: skip
+    page = write_report(found, tmp_path, "tiny", "milo", [checkup, checkup | {"step": 10}]).read_text()
+    assert page.count("<svg") == 5
+    assert "colour: like the photos" in page
 
 
 def test_a_photo_that_is_refused_is_refused_before_anything_is_drawn(pipe, photos, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import combinations
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -233,6 +234,57 @@ def test_judged_figures():
     assert found.preservation.value == pytest.approx(sum(of_class) / 2)
     assert found.preservation_above.value == pytest.approx((of_class[0] - of_class[1]) / 2)
     assert (found.pulls["position"].custom.n, found.pulls["position"].unread) == (1, 1)  # the third shows nothing
+
+
+def test_figures_of_embeddings_equal_loops():
+    """Two prompts of three pictures each, every subject with an embedding of its own."""
+    generator = torch.Generator().manual_seed(0)
+
+    def some(count):
+        vectors = torch.nn.functional.normalize(torch.randn(count, 48, generator=generator), dim=1)
+        return [Reading("snow", "photo", (replace(reading("dog", "red"), embedding=v),)) for v in vectors]
+
+    ours, theirs, real, class_ours, class_theirs = parts = [some(n) for n in (6, 6, 2, 2, 2)]
+    shown = (*(pictures(len(p), i) for i, p in enumerate(parts[:3])), ["a photo of a dog in the snow"] * 6)
+    found = judged_figures(Told(*parts), *shown, (pictures(2, 3), pictures(2, 4)), 3)
+    embedding = lambda r: r.subjects[0].embedding  # noqa: E731
+    truth = torch.nn.functional.normalize(sum(map(embedding, real)) / 2, dim=0)
+
+    def mean_cosine(part):
+        return sum(float(embedding(r) @ truth) for r in part) / len(part)
+
+    def mean_distance(part):
+        prompts = [[embedding(r) for r in part[i : i + 3]] for i in (0, 3)]
+        pairs = [(a - b).norm() for prompt in prompts for a, b in combinations(prompt, 2)]
+        return float(sum(pairs) / len(pairs))
+
+    for value, above, by in (
+        (found.likeness, found.likeness_above, [mean_cosine(ours), mean_cosine(theirs)]),
+        (found.variety, found.variety_above, [mean_distance(ours), mean_distance(theirs)]),
+        (found.preservation, found.preservation_above, [mean_cosine(class_ours), mean_cosine(class_theirs)]),
+    ):
+        assert value.value == pytest.approx(by[0], rel=1e-5)
+        assert above.value == pytest.approx(by[0] - by[1], abs=1e-6)
+        assert abs(above.value) > 1e-3
+
+
+def test_of_two_subjects_the_one_of_the_class_is_meant():
+    both = Reading("snow", "photo", (reading("car", "blue", found=0.9), replace(reading("dog", "red"), found=0.8)))
+    photo = Reading("beach", "photo", (reading("dog", "red"),))
+    three, classes = (pictures(1, i) for i in range(3)), (pictures(1, 3), pictures(1, 4))
+    judge = Told([both], [photo], [photo], [photo], [photo])
+    found = judged_figures(judge, *three, ["a photo of a dog next to a car"], classes, 1, "dog")
+    assert found.attributes.value == 1  # by the car, whose colour is another, it were less
+
+
+def test_what_half_of_the_photos_show_is_nothing_that_they_share():
+    photos = [Reading(b, "photo", (reading("dog", "red"),)) for b in ("beach", "beach", "snow", "city")]
+    shown = Reading("beach", "photo", (reading("dog", "red"),))
+    parts = (pictures(1, 0), pictures(1, 1), pictures(4, 2), ["a photo of a dog in a room"])
+    for real, shared in ((photos, False), (photos[:3], True)):
+        judge = Told([shown], [shown], real, [shown], [shown])
+        found = judged_figures(judge, *parts, (pictures(1, 3), pictures(1, 4)), 1)
+        assert ("background" in found.leaks) == shared
 
 
 def test_a_facing_pulls_wherever_most_photos_share_it():

@@ -116,6 +116,25 @@ def test_pipelines_that_do_not_draw_from_a_prompt_alone(pipe, xl):
             generate(other, ["a dog"], [0], 1)
 
 
+def test_a_picture_depends_on_its_own_prompt_and_seed(pipe):
+    prompts, seeds = ["a dog", "a cat", "a bird in space"], [5, 9, 2]
+    together = generate(pipe, prompts, seeds, 2, batch=2)
+    alone = [generate(pipe, [p], [s], 2)[0] for p, s in zip(prompts, seeds, strict=True)]
+    for a, b in zip(together, alone, strict=True):
+        assert (a.prompt, a.seed) == (b.prompt, b.seed)
+        assert np.abs(pixels(a) - pixels(b)).max() <= 1 / 255 + 1e-6
+    assert len({p.image.tobytes() for p in alone}) == 3
+    assert generate(pipe, ["a dog"], [6], 2)[0].image.tobytes() != alone[0].image.tobytes()
+
+
+def test_a_negative_prompt_is_the_pipelines_own(pipe):
+    (ours,) = generate(pipe, ["a dog"], [3], 2, 4.0, negative_prompt="a red car")
+    noise = torch.Generator().manual_seed(3)
+    stock = pipe("a dog", num_inference_steps=2, guidance_scale=4.0, generator=noise, negative_prompt="a red car")
+    assert ours.image.tobytes() == stock.images[0].tobytes()
+    assert generate(pipe, ["a dog"], [3], 2, 4.0)[0].image.tobytes() != ours.image.tobytes()
+
+
 def test_what_is_not_finite_is_no_picture(pipe):
     """diffusers makes it black."""
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -163,6 +164,30 @@ def test_schedulers_and_guidance_equal_the_method_written_out(pipe, milo, guidan
         ours = latents(pipe, "a <milo> in the snow", **options)
     assert (ours - latents(pipe, "a dog in the snow", **options)).abs().max() > 1e-3
     assert (ours - naive).abs().max() < 1e-4 * naive.abs().max()
+
+
+@pytest.mark.parametrize("outer", [True, False, None])
+@pytest.mark.parametrize("two_streams", [True, False])
+def test_streams_are_as_the_innermost_attachment_says(pipe, milo, rex, outer, two_streams):
+    naive = naive_latents(pipe, milo, "a <milo> here", two_streams)
+    with contextlib.ExitStack() as stack:
+        if outer is not None:
+            stack.enter_context(infusion.attach(pipe, rex, two_streams=outer))
+        stack.enter_context(infusion.attach(pipe, milo, two_streams=two_streams))
+        ours = latents(pipe, "a <milo> here")
+    assert (ours - naive).abs().max() < 1e-4 * naive.abs().max()
+    assert (ours - naive_latents(pipe, milo, "a <milo> here", not two_streams)).abs().max() > 1e-3
+
+
+def test_attaching_elsewhere_goes_on_after_one_is_detached(pipe, milo):
+    """Siblings are learned of by a process-wide hook; it stays as long as anything is attached."""
+    other = copy.deepcopy(pipe)
+    with infusion.attach(pipe, milo):
+        with infusion.attach(other, milo):
+            pass
+        sibling = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+        assert infusion.encode(sibling, "a <milo>")
+    assert "encode_prompt" not in vars(StableDiffusionImg2ImgPipeline.from_pipe(pipe))
 
 
 def test_guidance_switched_off_in_a_callback(pipe, milo):

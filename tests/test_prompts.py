@@ -29,6 +29,7 @@ def words_at(tokenizer, parsed, mention) -> str:
         ("<milo> on the beach", "dog on the beach", ["dog"]),
         ("<milo>, in the snow", "dog, in the snow", ["dog"]),
         ("<milo>'s red ball", "dog's red ball", ["dog"]),
+        ("a (<milo>) here", "a (dog) here", ["dog"]),
         ("A PHOTO OF THE <milo>!", "A PHOTO OF THE dog!", ["dog"]),
         ("a <ted> in a room", "a teddy bear in a room", ["teddy bear"]),
         ("an <axo> in space", "an axolotl in space", ["axolotl"]),

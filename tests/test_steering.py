@@ -15,14 +15,14 @@ from PIL import Image
 from infusion.errors import InfusionError
 from infusion.lesson import prepare_lesson
 from infusion.methods.dreambooth import DreamBoothConfig, TunedUNet, dreambooth
-from infusion.methods.infusion import infusion
+from infusion.methods.infusion import ConceptAdapter, infusion
 from infusion.methods.interface import MethodState
 from infusion.photos import Photo
 from infusion.report.curve import line_chart
 from infusion.schedulers import scheduler_for
 from infusion.steering import OTHER_SEEDS, SteerConfig, _Watch, read_checkups, repeats_place, steered, write_checkups
 from infusion.training import LearnConfig
-from tests.conftest import latents
+from tests.conftest import latents, random_concept
 
 QUICK = {
     "prompts": ("a photo of {} on the beach", "{} in the snow"),
@@ -214,6 +214,25 @@ def test_looks_take_turns_between_two_sets_of_seeds(pipe, lesson, monkeypatch):
     assert looks[0] == looks[2]
     first, second = watch.references
     assert not torch.equal(first.centre, second.centre)
+
+
+def test_a_look_at_the_base_itself_is_no_different(pipe, lesson):
+    watch = _Watch(pipe, lesson, SteerConfig(**QUICK), lambda *_: None)
+    assert watch.references[0].rates["background"] > 0  # of its own pictures some repeat too
+    nothing = ConceptAdapter("a <milo>", random_concept(pipe.unet, scale=0.0))
+    for _ in range(3):
+        checkup = watch.look(MethodState(1, 1, 0.1, nothing))
+        assert {name: found.above for name, found in checkup.repeats.items()} == {"background": 0, "position": 0}
+        assert checkup.variety == pytest.approx(1, rel=1e-3)
+        assert (checkup.pull.above, checkup.forgetting) == (0, 0)
+    spread = ConceptAdapter("a <milo>", random_concept(pipe.unet, scale=30.0))
+    moved = [watch.look(MethodState(1, 1, 0.1, spread)).variety for _ in range(2)]
+    base = [watch._drawn(watch.pipe, "a dog", seed, "")[0] for seed in (OTHER_SEEDS, 0)]
+    with spread.attached(watch.pipe) as custom:
+        ours = [watch._drawn(custom, "a <milo>", seed, "")[0] for seed in (OTHER_SEEDS, 0)]
+    by_hand = [watch._spread(a) / watch._spread(b) for a, b in zip(ours, base, strict=True)]
+    assert max(abs(x - 1) for x in by_hand) > 0.02
+    assert moved == pytest.approx(by_hand, rel=1e-3)
 
 
 def _spot(like, column):

@@ -60,6 +60,27 @@ def test_equals_the_naive_method(call, rows, two_streams, scale):
         assert (ours - base).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("two_streams", [True, False])
+@pytest.mark.parametrize("everywhere", ["rex", "nowhere"])
+def test_concepts_on_some_layers_only(call, two_streams, everywhere):
+    """One has residuals in the up blocks, the other in all layers, or the lower ones: layers know one, the other, both or none."""
+    unet = tiny_unet()
+    milo, rex = (random_concept(unet, n, seed=i).residuals for i, n in enumerate(("milo", "rex")))
+    milo = {p: r for p, r in milo.items() if p.startswith("up_blocks")}
+    if everywhere == "nowhere":
+        rex = {p: r for p, r in rex.items() if p.startswith("down_blocks")}
+    residuals = {"milo": milo, "rex": rex}
+    plan = Plan(ROWS["two concepts in one row"], call[2])
+    streams = Streams(unet)
+    streams.residuals, streams.two_streams = residuals, two_streams
+    with torch.no_grad():
+        with streams.calls(plan):
+            ours = unet(*call).sample
+        streams.remove()
+        naive = naive_prediction(unet, *call, plan, residuals, two_streams)
+    assert (ours - naive).abs().max() < 1e-5 * naive.abs().max()
+
+
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 @pytest.mark.parametrize("two_streams", [True, False])
 @pytest.mark.parametrize("timesteps", [[10, 500, 900], [500], [400], [399]])
@@ -143,11 +164,13 @@ def test_guidance_rows_and_calls_of_others_are_recognized(call):
         guided = unet(torch.cat([sample] * 2), 7, torch.cat([negative, states])).sample
         assert (guided[3:] - alone).abs().max() < 1e-5
         other = unet(sample, 7, negative).sample  # a call that is none of the plan's
+        swapped = unet(torch.cat([sample] * 2), 7, torch.cat([states, negative])).sample  # its texts come last
         with pytest.raises(InfusionError, match="9 rows for 3 pictures"):
             unet(torch.cat([sample] * 3), 7, torch.cat([negative, states, states]))
     streams.remove()
     with torch.no_grad():
         assert torch.equal(other, unet(sample, 7, negative).sample)
+        assert torch.equal(swapped, unet(torch.cat([sample] * 2), 7, torch.cat([states, negative])).sample)
         assert (guided[:3] - unet(sample, 7, negative).sample).abs().max() < 1e-5
 
 

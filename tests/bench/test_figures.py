@@ -20,6 +20,13 @@ def test_shares_count_what_is_asked_and_untold_is_wrong():
     assert share(only_sketch, point, ["color1"]) is None
 
 
+def test_pictures_of_one_prompt_follow_each_other():
+    """Two a prompt: the first two are of snow, the others a sketch of the city."""
+    two = record("infusion", [{}, {"background": "beach"}, {"background": "city"}, {"background": "city"}])
+    two["job"]["pictures"] = 2
+    assert share(two, two["points"][0], ["background"]) == 0.75
+
+
 def test_a_picture_without_a_subject_is_told():
     nothing = dict.fromkeys(("kind", "color1", "color2", "pattern", "accessory", "position"))
     blind = record("x", [nothing, {"pattern": None}])

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from infusion.bench import trial
 from infusion.bench.figures import point_figures
 from infusion.bench.grid import jobs, load_grid
 from infusion.errors import InfusionError
 from infusion.lesson import prepare_lesson
+from infusion.methods.dreambooth import DreamBoothConfig
 from infusion.world.facing import Facing, FacingHead
 from infusion.world.judge import Judge, JudgeNetwork
 
@@ -57,6 +60,37 @@ def test_a_job(label, guess, monkeypatch):
         assert last["w2"] == pytest.approx(0, abs=1e-6)
 
 
+def test_a_method_learns_with_the_grids_settings(monkeypatch, guess):
+    seen = {}
+
+    def spy(pipe, lesson, config, prior=None, max_timestep=None):
+        seen.update(config=config, prior=prior, max_timestep=max_timestep)
+        yield from ()
+
+    monkeypatch.setitem(trial.METHODS, "dreambooth", (spy, DreamBoothConfig))
+    settings = {"methods.dreambooth-prior.prior": 2, "methods.dreambooth-prior.max_timestep": 900, "batch": 3}
+    (job,) = jobs(load_grid(None, SMALL | settings), ("dreambooth-prior",))
+    pipe, chosen = trial._base(), trial.case("test", 0, 0, **job.modality)
+    lesson = prepare_lesson(pipe, chosen.photos(), chosen.subject.kind, "subject")
+    assert list(trial.states(job, pipe, lesson, chosen)) == []
+    assert seen["config"] == DreamBoothConfig(2, 3, learning_rate=3e-4, identifier="sks", seed=0)
+    assert seen["max_timestep"] == 900
+    assert len(seen["prior"].pictures) == 2
+
+
+def test_variety_is_ours_as_a_share_of_the_bases():
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).double()  # two prompts, two pictures each
+    assert trial._variety([3 * x, x], 2) == pytest.approx(3)
+    assert trial._variety([x, x], 1) is None
+
+
+def test_the_nearest_photo_may_be_one_in_the_mirror():
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+    photos = trial._pixels(photo)[None]
+    assert trial.to_nearest(photo, photos) == trial.to_nearest(ImageOps.mirror(photo), photos) == 0
+    assert trial.to_nearest(ImageOps.flip(photo), photos) > 0.1
+
+
 def test_photos_that_face_one_way_are_not_mirrored(guess, monkeypatch):
     monkeypatch.setattr(trial, "load_judge", lambda: guess)
     flips = []
@@ -66,15 +100,17 @@ def test_photos_that_face_one_way_are_not_mirrored(guess, monkeypatch):
         return prepare_lesson(*args, flip=flip, **kwargs)
 
     monkeypatch.setattr(trial, "prepare_lesson", prepare)
-    either, left = (
-        jobs(load_grid(None, SMALL | {"modalities": [m]}), ("class-word",))[0] for m in ({}, {"facing": "left"})
+    either, left, beside = (
+        jobs(load_grid(None, SMALL | {"modalities": [m]}), ("class-word",))[0]
+        for m in ({}, {"facing": "left"}, {"position": "left"})
     )
     with pytest.raises(InfusionError, match="head for the facing is missing"):
         trial.run_job(left)
     monkeypatch.setattr(guess, "facing", Facing(FacingHead(), threshold=0.5))
     record = trial.run_job(left, threads=torch.get_num_threads())
     trial.run_job(either, threads=torch.get_num_threads())
-    assert flips == [False, True]
+    trial.run_job(beside, threads=torch.get_num_threads())
+    assert flips == [False, True, False]
     assert record["trained"]["facing"] == "left"
     assert {r["facing"] for r in record["points"][0]["readings"]} <= {"left", "right", None}
 

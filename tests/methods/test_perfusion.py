@@ -42,6 +42,21 @@ def test_perfusion_locks_keys_and_learns_values(pipe, lesson):
     assert not any(layer._forward_hooks for layer in projections(pipe.unet).values())
 
 
+def test_what_is_drawn_goes_through_the_gate_of_drawing(pipe, lesson):
+    """Of other bias and temperature than that of learning."""
+    *_, state = SMALL["perfusion"](pipe, lesson)
+    edit, (path, layer) = state.adapter.edit, next(iter(projections(pipe.unet).items()))
+    states = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    stock = layer(states)
+    with state.adapter.attached(pipe):
+        ours = layer(states)
+    args = (states, stock, layer.weight, edit.direction, edit.inverse, edit.outputs[path])
+    config = state.adapter.config
+    assert (config.drawing_beta, config.drawing_tau) != (config.beta, config.tau)
+    assert torch.allclose(ours, rank_one(*args, config.drawing_beta, config.drawing_tau), atol=1e-6)
+    assert not torch.allclose(ours, rank_one(*args, config.beta, config.tau), atol=1e-4)
+
+
 def test_perfusion_equals_a_loop_with_edited_projections(pipe, lesson):
     config = PerfusionConfig(3, 2)
     tokenizer, text, table, row = with_row(pipe)

@@ -43,6 +43,9 @@ def test_few_samples():
     one = bootstrap(torch.tensor([3.0]))
     assert (one.value, one.n) == (3.0, 1)
     assert math.isinf(one.high)
+    x = torch.rand(20, generator=torch.Generator().manual_seed(4)) ** 2
+    assert bootstrap(x[:19]) == mean(x[:19])  # Student's
+    assert bootstrap(x) != mean(x)
 
 
 def test_a_rate_near_its_ends_keeps_an_interval():

@@ -48,6 +48,28 @@ def test_a_known_divergence_in_both_forms():
     assert lfd.eps.low < lfd.eps.value < lfd.eps.high
 
 
+def test_latents_are_noised_as_diffusion_does():
+    grid, seen = (10, 50, 90), {}
+
+    def spy(name):
+        def model(noisy, t, prompt):
+            seen.setdefault((name, prompt), []).append(noisy.clone())
+            return torch.zeros_like(noisy)
+
+        return model
+
+    for name, latents in (("some", LATENTS), ("none", {k: 0 * v for k, v in LATENTS.items()})):
+        predicted_noise(spy(name), latents, ALPHAS, timesteps=grid)
+    for prompt, clean in LATENTS.items():
+        noises = []
+        for t, noisy, noise in zip(grid, seen["some", prompt], seen["none", prompt], strict=True):
+            assert torch.allclose(noisy - noise, ALPHAS[t].sqrt() * clean, atol=1e-6)
+            noises.append(noise / (1 - ALPHAS[t]).sqrt())
+        assert torch.stack(noises).std() == pytest.approx(1, abs=0.15)
+        assert (noises[0] - noises[1]).abs().max() > 0.5
+    assert not torch.equal(seen["none", "a cat"][0][:3], seen["none", "a car"][0])
+
+
 def test_v_prediction_is_the_same_model_in_other_words():
     def eps_model(noisy, t, prompt):
         return 0.5 * noisy

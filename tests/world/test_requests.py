@@ -51,6 +51,8 @@ def test_what_cannot_be_told_is_wrong_and_what_is_not_asked_does_not_count():
     unsure = Reading("beach", "photo", (reading(), reading(None, "blue", 0.8, found=0.5)))
     assert answers(request, unsure)["kind"] is True  # the surest, not the one whose class cannot be told
     assert shown(unsure, "cat")["color1"] == "red"
+    pair = Reading("beach", "photo", (reading("car", "blue", found=0.9), reading("dog", "red", found=0.7)))
+    assert (shown(pair)["color1"], shown(pair, "dog")["color1"]) == ("blue", "red")
     nothing = Reading("beach", "photo", ())
     assert answers(request, nothing)["kind"] is False
     assert shown(nothing)["color1"] is None

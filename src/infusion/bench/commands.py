@@ -93,7 +93,7 @@ def report(
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InfusionError(f"{str(path)!r} cannot be read ({error}); give a Markdown file.") from None
 
