@@ -89,7 +89,7 @@ def main(photos: Path, word: str, family: str, side: int | None, out: Path | Non
     marks.append(("learn one step of 1, masks and encoding included", time.perf_counter()))
     with infusion.attach(pipe, concept):
         image = pipe("a photo of <it> on the beach", num_inference_steps=2, guidance_scale=7.0).images[0]
-    marks.append(("sample two steps, three streams, and decode", time.perf_counter()))
+    marks.append(("sample two steps, three rows, and decode", time.perf_counter()))
     result = {
         "family": family,
         "unet_parameters": sum(p.numel() for p in pipe.unet.parameters()),

@@ -25,7 +25,7 @@ from infusion.methods.lora import loaded_lora
 from infusion.methods.textual_inversion import with_word
 from infusion.offloading import offloaded
 from infusion.schedulers import few_steps
-from infusion.streams import execution_device, require_unet
+from infusion.streams import execution_device, picture_side, require_unet
 
 FOR_XL = ("clip_l", "clip_g")  # an SDXL embedding's tensors, in the order of its text encoders
 
@@ -159,9 +159,8 @@ _MATCHING = ("pixels a side", "latent channels", "width of its text states", "wh
 
 def _properties(pipe: DiffusionPipeline) -> tuple[object, ...]:
     unet = pipe.unet.config
-    side = unet["sample_size"] * pipe.vae_scale_factor
     predicts, steps = pipe.scheduler.config.get("prediction_type"), "few, distilled" if few_steps(pipe) else "many"
-    return side, unet["in_channels"], unet["cross_attention_dim"], predicts, steps
+    return picture_side(pipe), unet["in_channels"], unet["cross_attention_dim"], predicts, steps
 
 
 def _naming(subject: str | None, token: str, *others: str) -> str:

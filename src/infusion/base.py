@@ -74,19 +74,14 @@ def load_base(
 
 
 def _load_embedded() -> DiffusionPipeline:
-    from infusion.world.models import build_pipeline
-    from infusion.world.release import PARTS, read_weights
+    from infusion.world.release import load_pipeline
 
-    pipe = build_pipeline()
-    for part in PARTS:
-        try:
-            getattr(pipe, part).load_state_dict(read_weights(part))
-        except FileNotFoundError:
-            raise InfusionError(
-                "The embedded base's weights are missing from this installation; install the package again."
-            ) from None
-        getattr(pipe, part).eval()
-    return pipe
+    try:
+        return load_pipeline()
+    except FileNotFoundError:
+        raise InfusionError(
+            "The embedded base's weights are missing from this installation; install the package again."
+        ) from None
 
 
 def _load_other(base: str, dtype: torch.dtype, prediction: str | None) -> DiffusionPipeline:

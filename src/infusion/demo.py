@@ -231,10 +231,7 @@ def _captions() -> Callable[[Sequence[Picture]], list[str]]:
 
 def _claim(folder: Path) -> None:
     """Mark a folder as the demo's. Raises InfusionError for one that holds something else, since pictures in it would be replaced."""
-    earlier = (folder / MARK).exists() or (
-        (folder / "report.html").exists() and (folder / f"{NAME}.safetensors").exists()
-    )
-    if folder.exists() and not earlier and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder / MARK).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InfusionError(f"{str(folder)!r} is not empty; give -o a new folder, or one of an earlier demo.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).touch()

@@ -95,8 +95,8 @@ class Figures:
     """What was measured, each with its interval. Similarities are cosines of centred latents; `above` is the paired
     difference to the base's pictures of the same prompts and seeds.
 
-    forgetting: latent Fisher divergence on prompts that name neither the subject nor its class; generic: on one of the
-    class word alone, where only a prior that is preserved holds. w2_mean, w2_covariance, w2_exact: squared distance (W2^2) to the base's pictures of the class in
+    forgetting: latent Fisher divergence on prompts that name neither the subject nor its class; generic: on a prompt of the class
+    word alone; only methods that preserve a prior stay near 0. w2_mean, w2_covariance, w2_exact: squared distance (W2^2) to the base's pictures of the class in
     the principal components of both, Gaussian in its two terms and by optimal transport. background: similarity to the photos outside
     the subject, None where the photos show no background. nearest_photo: of the whole picture, the subject
     included. variety: mean Euclidean distance among pictures of one prompt. features: by feature space, and lpips, where weights were

@@ -1,5 +1,5 @@
-"""Feature spaces of pictures and texts from weights that the user has: CLIP, DINO; nothing is downloaded unless it is named by a hub id. LPIPS,
-which is a distance and no space, beside them.
+"""Feature spaces of pictures and texts from weights that the user has: CLIP, DINO; nothing is downloaded but what is named by a hub id. LPIPS,
+which is a distance and no space, beside them; torchvision downloads its AlexNet once.
 
 spaces = load_features(clip="weights/clip-vit-base-patch32", dino="weights/dinov2-small")
 """
@@ -46,13 +46,13 @@ class Clip:
     def pictures(self, images: Sequence[Image.Image]) -> Tensor:
         """(n, d) image embeddings."""
         parts = _pixels(self.processor, images, self.model.device)
-        return torch.cat([_tensor(self.model.get_image_features(pixel_values=part)).cpu() for part in parts])
+        return torch.cat([self.model.get_image_features(pixel_values=part).pooler_output.cpu() for part in parts])
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """(n, d) text embeddings."""
         tokens = self.processor(text=list(texts), return_tensors="pt", padding=True, truncation=True)
-        return _tensor(self.model.get_text_features(**tokens.to(self.model.device))).cpu()
+        return self.model.get_text_features(**tokens.to(self.model.device)).pooler_output.cpu()
 
 
 @dataclass(frozen=True)
@@ -228,8 +228,3 @@ def _pixels(processor: Any, images: Sequence[Image.Image], device: torch.device,
     for i in range(0, len(images), batch):
         part = [image.convert("RGB") for image in images[i : i + batch]]
         yield processor(images=part, return_tensors="pt")["pixel_values"].to(device)
-
-
-def _tensor(output: Any) -> Tensor:
-    """Newer transformers give an output object, older ones the tensor."""
-    return output if isinstance(output, Tensor) else output.pooler_output

@@ -39,7 +39,7 @@ def write_whole(path: Path, content: bytes | str) -> Path:
 
 
 def write_picture(path: Path, picture: Image.Image) -> Path:
-    """The same of a picture as PNG."""
+    """`write_whole` for a picture, as PNG."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return write_whole(path, buffer.getvalue())

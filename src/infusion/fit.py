@@ -14,7 +14,7 @@ from infusion.concept import BaseInfo, Concept
 from infusion.errors import InfusionError, InfusionWarning
 from infusion.families import FAMILIES
 from infusion.packing import in_order
-from infusion.streams import cross_attention_layers, require_unet, value_lengths
+from infusion.streams import cross_attention_layers, picture_side, require_unet, value_lengths
 
 
 def base_info(pipe: DiffusionPipeline) -> BaseInfo:
@@ -24,7 +24,7 @@ def base_info(pipe: DiffusionPipeline) -> BaseInfo:
     in fp32 and in fp16 has the same; it is unknown ("") for bf16, which is coarser, and for offloaded weights.
     """
     unet = require_unet(pipe)
-    return BaseInfo(_family(unet), unet.config["sample_size"] * pipe.vae_scale_factor, _weights_hash(unet))
+    return BaseInfo(_family(unet), picture_side(pipe), _weights_hash(unet))
 
 
 def check_fits(concepts: Sequence[Concept], unet: UNet2DConditionModel) -> None:

@@ -23,7 +23,7 @@ from infusion.config import check_seed
 from infusion.errors import InfusionError
 from infusion.lesson import added_conditions
 from infusion.schedulers import few_steps
-from infusion.streams import execution_device, require_unet
+from infusion.streams import execution_device, picture_side, require_unet
 
 Progress = Callable[[str, int, int], None]  # told("Drawing", done, of)
 
@@ -146,7 +146,7 @@ def check_draws(pipe: DiffusionPipeline) -> None:
 
 def picture_size(pipe: DiffusionPipeline, width: int | None = None, height: int | None = None) -> tuple[int, int]:
     """Width and height in pixels, the base's own where None. Raises InfusionError for a side that it cannot draw."""
-    own = require_unet(pipe).config["sample_size"] * pipe.vae_scale_factor
+    own = picture_side(pipe)
     step = math.lcm(8, pipe.vae_scale_factor)  # of which diffusers' pipelines want multiples, and the autoencoder
     for name, value in (("width", width), ("height", height)):
         if value is not None and (value < step or value % step):

@@ -1,7 +1,7 @@
 """The two streams in one cross-attention layer, by torch's own forward hooks.
 
-A customized row takes the foundational row's output plus heat times residual (`attention.py`). Which rows of a UNet call are
-which is told by a `Call`; `streams.py` makes it before the UNet begins, and gives it to every layer.
+A customized row takes the foundational row's output plus heat times residual (`attention.py`). A `Call` says which rows
+these are; `streams.py` makes it before the UNet begins, and gives it to every layer.
 """
 
 from __future__ import annotations

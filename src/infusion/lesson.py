@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from infusion.errors import InfusionError, InfusionWarning
 from infusion.photos import Photo, mask_to_tensor, square, to_tensor
 from infusion.prompts import Mention, parse
-from infusion.streams import Plan, Streams, execution_device, require_unet
+from infusion.streams import Plan, Streams, execution_device, picture_side, require_unet
 
 # The authors' captions are short and name nothing but the class.
 TEMPLATES = (
@@ -197,7 +197,7 @@ def prepare_lesson(
         raise InfusionError(
             f"The scheduler predicts {noise.config['prediction_type']!r}; learning knows 'epsilon' and 'v_prediction'."
         )
-    side = unet.config["sample_size"] * pipe.vae_scale_factor
+    side = picture_side(pipe)
     for photo in photos:
         if min(photo.image.size) < side:
             warnings.warn(
@@ -284,7 +284,7 @@ def added_conditions(pipe: DiffusionPipeline, encoded: Sequence[Tensor]) -> dict
     if not hasattr(pipe, "text_encoder_2") or len(encoded) != 4:
         return {}
     states, pooled = encoded[0], encoded[2]
-    side = require_unet(pipe).config["sample_size"] * pipe.vae_scale_factor
+    side = picture_side(pipe)
     ids = torch.tensor([[side, side, 0, 0, side, side]] * len(states), device=states.device, dtype=states.dtype)
     return {"text_embeds": pooled, "time_ids": ids}
 

@@ -3,7 +3,7 @@ photos, keep the best.
 
     for now in steered(pipe, infusion(pipe, lesson), lesson, SteerConfig(every=50)):
         print(now.state.step, now.checkup)
-    now.best.adapter, now.stopped
+    now.kept.adapter, now.stopped
 
 Works for every method of `infusion.methods`, on any base. A picture repeats the photos' background when, outside the subject, it is
 more like a photo than nine in ten of the base's own pictures of the same prompts and seeds are; it repeats their position when its subject,

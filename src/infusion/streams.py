@@ -3,7 +3,7 @@
 A UNet call in which some rows carry a concept runs with one more row for each of them, the
 foundational row: same latents, same text, no residual. In every cross-attention layer a customized
 row takes the foundational row's output plus heat times residual (`layers.py`); everything else
-of the UNet runs per row as ever. From the timestep on that limits a concept its rows are the base's. Which
+of the UNet runs per row as ever. At and above a concept's `max_timestep` its rows are the base's. Which
 rows carry what is told by a `Plan`; prompts and pipelines are `pipelines.py`'s business. Removing the hooks
 leaves nothing behind.
 """
@@ -98,6 +98,11 @@ def frozen(unet: nn.Module) -> Iterator[None]:
         unet.train(training)
         for p in learnable:
             p.requires_grad_(True)
+
+
+def picture_side(pipe: DiffusionPipeline) -> int:
+    """Pixels a side of the pictures that the base was made for. Raises InfusionError as `require_unet` does."""
+    return require_unet(pipe).config["sample_size"] * pipe.vae_scale_factor
 
 
 def execution_device(pipe: DiffusionPipeline) -> torch.device:

@@ -271,6 +271,6 @@ def _on_cpu(residuals: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _plain(config: LearnConfig) -> dict[str, int | float | str | bool]:
-    """What a file keeps of the settings; it names its scheme itself."""
+    """The settings that a file keeps; the scheme has a field of its own."""
     layers = {"layers": named} if 0 < len(named := " ".join(config.layers)) < 300 else {}  # the file lists them anyway
     return {k: v for k, v in asdict(config).items() if isinstance(v, int | float)} | layers

@@ -23,7 +23,7 @@ _OURS = ("method", "prior", "strengths")  # keys of a method's table that are no
 
 
 class Modality(BaseModel):
-    """What all photos of a subject have in common; without a background it is the subject's own, by its number, without a facing they face
+    """What all photos of a subject have in common. Without a background it is the subject's own, by its number; without a facing they face
     either way."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,7 +48,7 @@ class Modality(BaseModel):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As jobs and records have it: without a facing where there is none, as in records of before it could be given."""
+        """As jobs and records have it: without a facing where there is none."""
         return self.model_dump(exclude=None if self.facing else {"facing"})
 
 

@@ -309,7 +309,7 @@ def _own_settings(job: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {f.name: f.default for f in fields(method[1])} if method else {}
     plain = json.loads(json.dumps(defaults))
     settings = job["settings"]
-    if job["method"] == "infusion":  # records of before there was a limit
+    if job["method"] == "infusion":  # a record without it learned at all timesteps
         settings = {"max_timestep": 1000, **settings}
     given = {k: v for k, v in settings.items() if k not in plain or plain[k] != v}
     return given | ({"prior": job["prior"]} if job["prior"] else {})

@@ -29,9 +29,9 @@ from infusion.world.arrays import draw_arrays, load_arrays
 from infusion.world.autoencoder import autoencoded
 from infusion.world.dataset import training_scene
 from infusion.world.judge import Judge, Reading, load_judge
-from infusion.world.models import build_pipeline, pixels_to_tensor
+from infusion.world.models import pixels_to_tensor
 from infusion.world.questions import answers, both, shown
-from infusion.world.release import EXAMINATION, PARTS, WEIGHTS, read_index, read_weights
+from infusion.world.release import EXAMINATION, WEIGHTS, load_pipeline, read_index
 from infusion.world.requests import Request, unseen_requests, unseen_scenes
 from infusion.world.scenes import SIDE, Scene, render
 from infusion.world.truth import SHARES, SUBJECT_HEADS
@@ -188,16 +188,6 @@ def _draw_training(seed: int, start: int, count: int) -> dict[str, np.ndarray]:
 def _reduced(pictures: Tensor, side: int) -> Tensor:
     small = F.interpolate(pictures.permute(0, 3, 1, 2).float() / 255, size=(side, side), mode="area")
     return small.flatten(1)
-
-
-def load_pipeline(weights: Path = WEIGHTS) -> StableDiffusionPipeline:
-    """The base in a folder of weights as a pipeline."""
-    pipe = build_pipeline()
-    for part in PARTS:
-        getattr(pipe, part).load_state_dict(read_weights(part, weights))
-        getattr(pipe, part).eval()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def main() -> None:

@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from infusion.world.grounding import BARS
-from infusion.world.models import LATENT_CHANNELS, LATENT_SIDE, build_autoencoder, build_text_encoder, build_unet
+from infusion.world.models import (
+    LATENT_CHANNELS,
+    LATENT_SIDE,
+    build_autoencoder,
+    build_pipeline,
+    build_text_encoder,
+    build_unet,
+)
 from infusion.world.runs import between, read_log
 from infusion.world.tokenizer import build_tokenizer
 
@@ -65,6 +72,16 @@ def read_weights(part: str, folder: Path = WEIGHTS) -> dict[str, Tensor]:
     """A network's shipped weights as float32. Raises FileNotFoundError where none are shipped."""
     index = read_index(folder)
     return {k: v.float() for name in index["files"][part] for k, v in load_file(folder / name).items()}
+
+
+def load_pipeline(weights: Path = WEIGHTS) -> StableDiffusionPipeline:
+    """The base in a folder of weights as a pipeline. Raises FileNotFoundError where none are there."""
+    pipe = build_pipeline()
+    for part in PARTS:
+        getattr(pipe, part).load_state_dict(read_weights(part, weights))
+        getattr(pipe, part).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def shipped_autoencoder() -> AutoencoderKL:
