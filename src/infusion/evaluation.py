@@ -18,7 +18,6 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -34,7 +33,7 @@ from infusion.methods.interface import Adapter, rebuilt
 from infusion.metrics.estimate import Estimate, bootstrap, jackknife, paired
 from infusion.metrics.fisher import FisherDivergence, divergence, predicted_noise
 from infusion.metrics.moments import Moments
-from infusion.metrics.similarity import cosines, nearest, spread
+from infusion.metrics.similarity import background_likeness, nearest, spread
 from infusion.metrics.wasserstein import GaussianW2, empirical_w2, gaussian_w2, principal
 from infusion.photos import Photo
 from infusion.schedulers import multistep
@@ -348,9 +347,8 @@ def _figures(
     found, similarity = nearest(c.flatten(1), photos.flatten(1))
     base_similarity = nearest(b.flatten(1), photos.flatten(1))[1]
     background = above = None
-    as_they_are = replace(lesson, masks=lesson.masks[: len(lesson.pictures)])
-    if (outside := as_they_are.outside()) is not None:
-        like = [_like_any(x, photos, outside) for x in (c, b)]
+    if (outside := lesson.outside()) is not None:
+        like = [background_likeness(x, photos, outside, lesson.flipped) for x in (c, b)]
         background, above = bootstrap(like[0]), paired(like[0], like[1])
     groups = [x.flatten(1).unflatten(0, (-1, config.seeds)) for x in (c, b)]
     varies = [spread(group) for group in groups]
@@ -370,14 +368,6 @@ def _figures(
         pictures=len(custom),
     )
     return figures, (found % len(lesson.pictures)).tolist()
-
-
-def _like_any(latents: Tensor, photos: Tensor, outside: Tensor) -> Tensor:
-    """How like the nearest photo, or its mirror image, each picture is outside the subject: (n,). photos: those, then their mirror images;
-    outside (g, g): of those."""
-    halves = zip(photos.chunk(2), (outside, outside.flip(-1)), strict=True)
-    like = [cosines(latents[:, :, where].flatten(1), half[:, :, where].flatten(1)) for half, where in halves]
-    return torch.cat(like, 1).amax(1)
 
 
 def _encoded(pipe: DiffusionPipeline, pictures: Sequence[Image.Image]) -> Tensor:

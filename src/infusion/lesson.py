@@ -124,8 +124,8 @@ class Lesson:
         return bool((self.masks < 1).any())
 
     def outside(self) -> Tensor | None:
-        """Where no photo shows its subject, (g, g) bool on the CPU; None where that is less than 15 % of the picture."""
-        found = (self.masks.amax(0) < 0.3).cpu()
+        """Where no photo, as it is, shows its subject, (g, g) bool on the CPU; None where that is less than 15 % of the picture."""
+        found = (self.masks[: len(self.pictures)].amax(0) < 0.3).cpu()
         return found if found.double().mean() > 0.15 else None
 
     @property

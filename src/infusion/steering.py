@@ -34,7 +34,7 @@ from infusion.generation import Progress, generate, of_each
 from infusion.lesson import Lesson, attention_masks, encode_pictures
 from infusion.methods.interface import Adapter, MethodState, rebuilt
 from infusion.metrics.estimate import Estimate, rate
-from infusion.metrics.similarity import centroids, cosines, spread
+from infusion.metrics.similarity import background_likeness, centroids, spread
 from infusion.offloading import take_back
 from infusion.schedulers import FEW, few_steps, multistep
 from infusion.streams import require_unet
@@ -271,7 +271,7 @@ class _Watch:
     def _likeness(self, latents: Tensor, centre: Tensor) -> Tensor:
         """How like the nearest photo each picture is outside the subject."""
         photos, shown = (x.cpu().double() - centre for x in (self.lesson.latents, latents))
-        return cosines(shown[:, :, self.outside].flatten(1), photos[:, :, self.outside].flatten(1)).amax(1)
+        return background_likeness(shown, photos, self.outside, self.lesson.flipped)
 
     def _places(self, latents: Tensor) -> Tensor:
         """Where the subject stands in each picture, by the untouched base's attention: (n, 2), shares of height and width."""

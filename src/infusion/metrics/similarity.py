@@ -44,6 +44,14 @@ def preservation(generic: Tensor, photos: Tensor) -> Estimate:
     return fidelity(generic, photos)
 
 
+def background_likeness(pictures: Tensor, photos: Tensor, outside: Tensor, mirrored: bool) -> Tensor:
+    """Each picture's largest cosine with a photo outside the subject: (n, c, h, w), (k, c, h, w) -> (n,) float64. outside (h, w): where the
+    photos do not show it. mirrored: the second half of the photos are the first half's mirror images, in which that lies mirrored too."""
+    parts = [(photos, outside)] if not mirrored else zip(photos.chunk(2), (outside, outside.flip(-1)), strict=True)
+    like = [cosines(pictures[:, :, where].flatten(1), some[:, :, where].flatten(1)) for some, where in parts]
+    return torch.cat(like, 1).amax(1)
+
+
 def diversity(groups: Tensor) -> Estimate:
     """DIV: mean pairwise distance (1 - cosine) among pictures of one prompt, (prompts, pictures, d); one sample is a
     prompt (DreamBooth, section 4.3, there with LPIPS). Raises ValueError for fewer than two pictures a prompt."""
