@@ -106,7 +106,7 @@ def test_a_loras_strength_makes_another_base(pipe, tmp_path):
 
 def test_an_album_that_cannot_be_written_costs_time_only(ask, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.warns(InfusionWarning, match="are not kept and will be drawn again: .* cannot be written"):
+    with pytest.warns(InfusionWarning, match="Pictures are not kept and will be drawn again: .* cannot be written"):
         pictures, drawn = ask(album=tmp_path / "file")
     assert (len(pictures), drawn) == (2, [3, 4])
 

@@ -14,6 +14,7 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 from PIL import Image, ImageOps
 
+from infusion import evaluation
 from infusion.adapters import ConceptAdapter
 from infusion.errors import InfusionError
 from infusion.evaluation import EvaluateConfig, evaluate, unrelated, verdict
@@ -175,6 +176,33 @@ def test_the_bases_pictures_are_drawn_once_for_a_class(pipe, photos, tmp_path):
     assert labels.count("Drawing with the base") == 2 * CONFIG.steps
 
 
+def test_an_interrupted_evaluation_goes_on(pipe, photos, tmp_path, monkeypatch):
+    real, drawn = evaluation.drawing, []
+
+    def breaking(pipe, prompts, seeds, steps, guidance, batch, **more):
+        for part in real(pipe, prompts, seeds, steps, guidance, 1, **more):
+            if len(drawn) == 3:
+                raise KeyboardInterrupt
+            drawn.append(part[0].prompt)
+            yield part
+
+    monkeypatch.setattr(evaluation, "drawing", breaking)
+    milo = ConceptAdapter("<milo>", random_concept(pipe.unet))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(pipe, milo, photos, "dog", CONFIG, drawings=tmp_path)
+    drawn.append("")  # no more breaking off
+    evaluate(pipe, milo, photos, "dog", CONFIG, drawings=tmp_path)
+    assert sum("<milo>" in prompt for prompt in drawn) == 4
+    for other in (
+        replace(milo, strength=0.5),
+        replace(milo, two_streams=False),
+        ConceptAdapter("<milo>", random_concept(pipe.unet, seed=1)),
+    ):
+        drawn[:] = [""] * 4
+        evaluate(pipe, other, photos, "dog", CONFIG, drawings=tmp_path)
+        assert sum("<milo>" in prompt for prompt in drawn) == 4
+
+
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(InfusionError, match="seeds is 1"):
         EvaluateConfig(seeds=1)
@@ -212,14 +240,12 @@ def copying(pipe, photos, monkeypatch):
     noise = np.random.default_rng(7).integers(0, 255, (99, 16, 16, 3), dtype=np.uint8)
 
     def evaluated(turn, **more):
-        copies = lambda pipe, prompts, seeds, *_, **__: [  # noqa: E731
-            [Picture(turn(photos[1].image), p, s) for p, s in zip(prompts, seeds, strict=True)]
-        ]
-        by_base = lambda album, pipe, prompts, *_: [  # noqa: E731
-            Picture(Image.fromarray(noise[i]), p, i) for i, p in enumerate(prompts)
-        ]
-        monkeypatch.setattr("infusion.evaluation.drawing", copies)
-        monkeypatch.setattr("infusion.evaluation.kept", by_base)
+        def drawn(album, pipe, prompts, seeds, settings, draw):
+            if "concept" in settings:
+                return [Picture(turn(photos[1].image), p, s) for p, s in zip(prompts, seeds, strict=True)]
+            return [Picture(Image.fromarray(noise[i]), p, i) for i, p in enumerate(prompts)]
+
+        monkeypatch.setattr("infusion.evaluation.kept", drawn)
         config = replace(CONFIG, seeds=3)
         return evaluate(pipe, ConceptAdapter("<milo>", random_concept(pipe.unet)), photos, "dog", config, **more)
 

@@ -1,4 +1,5 @@
-"""Pictures that a base drew, kept for the next evaluation: the same base, prompts, seeds and settings give the same pictures."""
+"""Pictures that were drawn for an evaluation, kept for the next one, or for the same where it was interrupted: the same pipeline, prompts, seeds
+and settings give the same pictures."""
 
 from __future__ import annotations
 
@@ -112,9 +113,7 @@ def _keep(image: Image.Image, path: Path) -> bool:
     try:
         write_picture(path, image)
     except InfusionError as error:
-        warnings.warn(
-            f"The base's pictures are not kept and will be drawn again: {error}", InfusionWarning, stacklevel=2
-        )
+        warnings.warn(f"Pictures are not kept and will be drawn again: {error}", InfusionWarning, stacklevel=2)
         return False
     return True
 

@@ -320,7 +320,9 @@ def evaluate(
     ],
     photos: Annotated[Path, typer.Option("--photos", help="Folder with the pictures it was learned from.")],
     word: Annotated[str, typer.Option("--word", help="What the subject is, in a word the base knows: dog.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html and figures.json.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for report.html, figures.json and the adapter's pictures.")
+    ],
     base: Base = EMBEDDED,
     subject: Annotated[
         str | None,
@@ -379,7 +381,8 @@ def evaluate(
             distance.net.to(execution_device(pipe))
         judge = shipped_judge() if base == EMBEDDED else None
         album = default_album() if cache else None
-        evaluation = measure(pipe, loaded, pictures, word, config, told, spaces, judge, album, distance)
+        drawings = out / "pictures"
+        evaluation = measure(pipe, loaded, pictures, word, config, told, spaces, judge, album, distance, drawings)
         for sentence in evaluation.verdict:  # before the page is written: a full disk must not swallow it
             say.print(sentence)
         report = write_report(evaluation, out, base, adapter.resolve().name, checkups)

@@ -29,6 +29,7 @@ from infusion.features import FeatureFigures, Features, Lpips, LpipsFigures, fea
 from infusion.generation import Picture, Progress, default_batch, denoiser, drawing, of_each
 from infusion.judged import JudgedFigures, judged_figures
 from infusion.lesson import Lesson, encode_pictures, prepare_lesson
+from infusion.methods.infusion import ConceptAdapter
 from infusion.methods.interface import Adapter, rebuilt
 from infusion.metrics.estimate import Estimate, bootstrap, jackknife, paired
 from infusion.metrics.fisher import FisherDivergence, divergence, predicted_noise
@@ -149,11 +150,13 @@ def evaluate(
     judge: Judge | None = None,
     album: Path | None = None,
     lpips: Lpips | None = None,
+    drawings: Path | None = None,
 ) -> Evaluation:
     """Measure `adapter` on its base `pipe` against the photos it was learned from. Leaves nothing on the pipeline.
 
     spaces: feature spaces beside the autoencoder's latents. judge: for the embedded base alone. album: a folder in which the base's own
-    pictures are kept for the next evaluation of that class (`album.kept`). lpips: to measure by LPIPS too.
+    pictures are kept for the next evaluation of that class (`album.kept`). lpips: to measure by LPIPS too. drawings: the same for the pictures of an
+    adapter that `load_adapter` loaded, so that an evaluation that was interrupted goes on.
 
     Raises InfusionError for an adapter of another base.
     """
@@ -175,7 +178,8 @@ def evaluate(
 
     def by_adapter(label: str, prompts: list[str], seeds: list[int]) -> list[Picture]:
         with adapter.attached(pipe) as custom:  # its pipeline, which may be a whole other base, is let go of here
-            return [picture for part in drawn(label, custom, prompts, seeds) for picture in part]
+            concept = {"concept": adapter.digest} if isinstance(adapter, ConceptAdapter) else {}
+            return kept(drawings, custom, prompts, seeds, settings | concept, partial(drawn, label, custom))
 
     def by_base(label: str, prompts: list[str], seeds: list[int]) -> list[Picture]:
         return kept(album, pipe, prompts, seeds, settings, partial(drawn, label, pipe))

@@ -30,7 +30,7 @@ from infusion.config import check_prompts, hold_types
 from infusion.errors import InfusionError
 from infusion.evaluation import OTHERS, PROMPTS, forgetting, unrelated
 from infusion.files import write_whole
-from infusion.generation import Progress, generate, of_each
+from infusion.generation import Progress, default_batch, generate, of_each
 from infusion.lesson import Lesson, attention_masks, encode_pictures
 from infusion.methods.interface import Adapter, MethodState, rebuilt
 from infusion.metrics.estimate import Estimate, rate
@@ -229,7 +229,8 @@ class _Watch:
         for name, hits in self._hits(*drawn, base.centre, base.level).items():
             found = rate(hits)
             repeats[name] = Repeats(found, found.value - base.rates[name])
-        divergence = forgetting(self.pipe, adapter, [self.others], self.config.seed)[0].eps.value
+        some = default_batch(self.pipe)
+        divergence = forgetting(self.pipe, adapter, [self.others], self.config.seed, batch=some)[0].eps.value
         variety, pulled = self._spread(drawn[0]) / base.spread, self._pulled(drawn[0])
         pull = Repeats(rate(pulled), float(pulled.double().mean()) - base.pull) if len(pulled) else None
         take_back(self.pipe)

@@ -5,6 +5,7 @@ Switches are those of `LearnConfig`: a single stream, subsets of layers. Mirror 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,12 @@ class ConceptAdapter:
     def tensors(self) -> Mapping[str, Tensor]:
         """The residuals."""
         return self.concept.residuals
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides what is drawn with it and that a pipeline's own weights do not show."""
+        decides = f"{self.two_streams} {self.strength} ".encode() + self.concept.to_bytes("fp32")
+        return hashlib.sha256(decides).hexdigest()
 
     @contextmanager
     def attached(self, pipe: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
