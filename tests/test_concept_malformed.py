@@ -171,10 +171,10 @@ REMEDIES = r"get a fresh copy|upgrade infusion|diffusers loads|are \.safetensors
 def test_corpus(content, tmp_path):
     (tmp_path / "c.safetensors").write_bytes(content)
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(InfusionError) as caught:
         Concept.load(tmp_path / "c.safetensors")
-    seconds = time.monotonic() - start
+    seconds = time.process_time() - start
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert seconds < 1
@@ -234,7 +234,7 @@ def fuzz(count: int, seed: int) -> int:
     accepted = 0
     for _ in range(count):
         content = mutated(rng)
-        start = time.monotonic()
+        start = time.process_time()
         try:
             concept = Concept.from_bytes(content)
         except InfusionError:
@@ -244,7 +244,7 @@ def fuzz(count: int, seed: int) -> int:
                 concept.to_bytes(next(s for s in ("q6", "fp16", "fp32") if concept.to_bytes(s) == content)) == content
             )
             accepted += 1
-        assert time.monotonic() - start < 1
+        assert time.process_time() - start < 1
     return accepted
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -121,4 +122,6 @@ def test_a_jobs_peak_of_memory_is_its_own():
     del held
     trial.forget_peak()
     after = trial.peak_memory()
+    if after is not None and not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system does not let a process begin its peak anew")
     assert after is None if sys.platform != "linux" else after < before - (100 << 20)

@@ -102,15 +102,17 @@ def test_a_side_that_does_not_show_is_not_asked():
     assert not shows_side(render(Scene((bear,), "beach")), 0)
 
 
-def test_training_learns_and_resumes(judge, tmp_path):
+def test_training_learns_and_resumes(judge, tmp_path, monkeypatch):
+    ticks = iter(range(1000))  # a clock of one second a look
+    monkeypatch.setattr("infusion.world.runs.time.monotonic", lambda: next(ticks))
     data = draw_scenes(7, 0, 64)
-    config = FacingConfig(minutes=0.05, batch=8, warmup=1, save_every=4, decay=0.2)
+    config = FacingConfig(minutes=0.5, batch=8, warmup=1, save_every=4, decay=0.2)
     facing = Facing(FacingHead())
     before = examine_facing(judge, facing, data)
     steps = [step for step, *_ in train_facing(facing, judge, data, None, tmp_path, config, Accelerator(cpu=True))]
     loss = lambda s: float(torch.nn.functional.binary_cross_entropy_with_logits(s.logits, s.left.float()))  # noqa: E731
     assert loss(examine_facing(judge, facing, data)) < loss(before)
-    longer = replace(config, minutes=0.06)
+    longer = replace(config, minutes=0.6)
     more = [step for step, *_ in train_facing(Facing(FacingHead()), judge, data, None, tmp_path, longer, Accelerator(cpu=True))]  # fmt: skip
     assert more[0] == steps[-1] + 1
 
