@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from infusion.base import _load_single_file, _predicts, from_checkpoint
 from infusion.errors import InfusionError
 from infusion.families import FAMILIES, clip_tokenizer, family_of
 from infusion.streams import value_lengths
+from infusion.world.release import load_pipeline
 from tests.conftest import latents, random_concept, tiny_pipeline
 from tests.hub import serve
 from tests.original_layout import original_layout
@@ -298,6 +300,12 @@ def test_a_base_with_another_autoencoder_is_refused_unread(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(InfusionError, match="a KandinskyV22Pipeline, which has no Stable Diffusion's autoencoder;"):
         infusion.load_base(tmp_path)
+
+
+def test_an_installation_without_weights_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("infusion.world.release.load_pipeline", partial(load_pipeline, tmp_path))
+    with pytest.raises(InfusionError, match="weights are missing from this installation; install the package again"):
+        infusion.load_base()
 
 
 def test_refusals(tmp_path):
