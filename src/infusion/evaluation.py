@@ -209,9 +209,11 @@ def evaluate(
     with _timed(seconds, "figures in latents"):
         figures, nearest_photos = _figures(pipe, lesson, base, ours, forgotten, config)
     pictures = [p.image for p in ours], [p.image for p in base], list(lesson.pictures)
+    features = {}
     for space in spaces:
         with _timed(seconds, f"figures in {space.name}"):
-            figures.features[space.name] = feature_figures(space, *pictures, plain, classes, config.seeds)
+            features[space.name] = feature_figures(space, *pictures, plain, classes, config.seeds)
+    figures = replace(figures, features=features)
     if lpips:
         with _timed(seconds, "figures by LPIPS"):
             both = [*lesson.pictures, *map(ImageOps.mirror, lesson.pictures)]
