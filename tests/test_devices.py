@@ -127,7 +127,7 @@ def test_offloaded_parts_are_there_only_while_they_work(pipe):
 def test_a_watched_training_of_an_offloaded_base(pipe, photos, monkeypatch):
     nothing = SimpleNamespace(eps=SimpleNamespace(value=0.0))
     monkeypatch.setattr(
-        "infusion.steering.forgetting", lambda *_: [nothing]
+        "infusion.steering.forgetting", lambda *_, **__: [nothing]
     )  # by the UNet and the text encoder, at length
     steer = SteerConfig(every=2, stop=False, prompts=("{} in the snow",), positioned=("{} on the left",), steps=1)
     there = []
