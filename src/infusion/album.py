@@ -79,9 +79,8 @@ def fingerprint(pipe: DiffusionPipeline) -> str:
                 total = value.detach().contiguous().view(_INTEGERS[value.element_size()]).sum(dtype=torch.int64)
                 digest.update(f"{name}.{key} {tuple(value.shape)} {int(total)}\n".encode())
             for key, layer in part.named_modules():
-                if isinstance(
-                    scaling := getattr(layer, "scaling", None), Mapping
-                ):  # a LoRA's: how much of it counts, and whether it does
+                scaling = getattr(layer, "scaling", None)
+                if isinstance(scaling, Mapping):  # a LoRA's: how much of it counts, and whether it does
                     switches = [scaling, layer.active_adapters, layer.disable_adapters]
                     digest.update(json.dumps([name, key, switches], sort_keys=True, default=str).encode())
     return digest.hexdigest()

@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from torch import Tensor
 
+import infusion
 from infusion.album import kept
 from infusion.config import check_prompts, hold_types
 from infusion.errors import InfusionError
@@ -245,7 +246,8 @@ def _made_by(pipe: DiffusionPipeline, word: str) -> dict[str, str]:
         "scheduler": type(pipe.scheduler).__name__,
         "precision": str(require_unet(pipe).dtype).removeprefix("torch."),
         "device": execution_device(pipe).type,
-        **{library: version(library) for library in ("infusion", "torch", "diffusers", "transformers")},
+        "infusion": str(infusion.__version__),
+        **{library: version(library) for library in ("torch", "diffusers", "transformers")},
     }
 
 
