@@ -36,6 +36,17 @@ ROWS = {
 }
 
 
+@torch.no_grad()
+def by_both(unet, call, plan, residuals, two_streams):
+    """What the streams predict of the call, and the method written out; nothing stays on the UNet."""
+    streams = Streams(unet)
+    streams.residuals, streams.two_streams = residuals, two_streams
+    with streams.calls(plan):
+        ours = unet(*call).sample
+    streams.remove()
+    return ours, naive_prediction(unet, *call, plan, residuals, two_streams)
+
+
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 @pytest.mark.parametrize("two_streams", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 0.0, 1e-30])
@@ -43,14 +54,9 @@ def test_equals_the_naive_method(call, rows, two_streams, scale):
     unet = tiny_unet()
     residuals = {n: random_concept(unet, n, seed=i, scale=scale).residuals for i, n in enumerate(("milo", "rex"))}
     plan = Plan(rows, call[2])
-    streams = Streams(unet)
-    streams.residuals, streams.two_streams = residuals, two_streams
+    ours, naive = by_both(unet, call, plan, residuals, two_streams)
     with torch.no_grad():
-        with streams.calls(plan):
-            ours = unet(*call).sample
-        streams.remove()
         base = unet(*call).sample
-        naive = naive_prediction(unet, *call, plan, residuals, two_streams)
     tolerance = 1e-5 * naive.abs().max()
     assert (ours - naive).abs().max() < tolerance
     if scale == 1.0:
@@ -71,13 +77,7 @@ def test_concepts_on_some_layers_only(call, two_streams, everywhere):
         rex = {p: r for p, r in rex.items() if p.startswith("down_blocks")}
     residuals = {"milo": milo, "rex": rex}
     plan = Plan(ROWS["two concepts in one row"], call[2])
-    streams = Streams(unet)
-    streams.residuals, streams.two_streams = residuals, two_streams
-    with torch.no_grad():
-        with streams.calls(plan):
-            ours = unet(*call).sample
-        streams.remove()
-        naive = naive_prediction(unet, *call, plan, residuals, two_streams)
+    ours, naive = by_both(unet, call, plan, residuals, two_streams)
     assert (ours - naive).abs().max() < 1e-5 * naive.abs().max()
 
 

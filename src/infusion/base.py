@@ -117,12 +117,15 @@ def _check_index(base: str) -> None:
     except (OSError, ValueError):  # whatever it is, loading tells more of it
         return
     _, network = index.get("unet") or (None, None)
-    if network != UNet2DConditionModel.__name__ or "vae" not in index:
+    if network != UNet2DConditionModel.__name__:
         draws = f"draws with a {network}" if network else "has no UNet"
-        draws = "has no Stable Diffusion's autoencoder" if network == UNet2DConditionModel.__name__ else draws
-        raise InfusionError(
-            f"The base {base!r} is a {index.get('_class_name')}, which {draws}; Infusion works with Stable Diffusion 1.x, 2.x and SDXL, not yet with transformer bases or other kinds."
-        )
+    elif "vae" not in index:
+        draws = "has no Stable Diffusion's autoencoder"
+    else:
+        return
+    raise InfusionError(
+        f"The base {base!r} is a {index.get('_class_name')}, which {draws}; Infusion works with Stable Diffusion 1.x, 2.x and SDXL, not yet with transformer bases or other kinds."
+    )
 
 
 def _pretrained(base: str, dtype: torch.dtype) -> DiffusionPipeline:
